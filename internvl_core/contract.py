@@ -1,0 +1,184 @@
+"""The process boundary: the files through which a task and its trainer meet.
+
+They live in the attempt's directory and carry `"version": 1`. The task writes stage.json
+before it starts the supervisor; rank 0 appends metrics.jsonl and writes result.json last;
+whichever rank fails first writes failure.json. Every file but metrics.jsonl and the log
+appears atomically: a reader sees all of it or nothing. Standard library only.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from internvl_core.errors import InternVLError, find_error_class
+
+VERSION = 1
+STAGE_FILE = "stage.json"
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+FAILURE_FILE = "failure.json"
+LOG_FILE = "trainer.log"
+
+SUPERVISOR_SOCKET_VARIABLE = "INTERNVL_SUPERVISOR_SOCKET"
+"""Environment variable with the name of the supervisor's abstract unix socket, without the NUL."""
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A committed checkpoint: where it is and the sha256 of its MANIFEST."""
+
+    uri: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class _AtomicFile:
+    """Read and write oneself as one JSON object in an attempt's directory."""
+
+    def write(self, attempt_dir: Path) -> None:
+        write_json_atomically(attempt_dir / self._file_name(), {"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def find(cls, attempt_dir: Path) -> Self | None:
+        """Read the file, or return None where it was never written."""
+        try:
+            content = json.loads((attempt_dir / cls._file_name()).read_text())
+        except FileNotFoundError:
+            return None
+        if content.pop("version") != VERSION:
+            raise InternVLError(f"{attempt_dir / cls._file_name()}: written by another version of the pipeline.")
+        return cls._from_json(content)
+
+    @classmethod
+    def get(cls, attempt_dir: Path) -> Self:
+        """Read the file; a missing one is a fault of the process that should have written it."""
+        found = cls.find(attempt_dir)
+        if found is None:
+            raise InternVLError(f"{attempt_dir / cls._file_name()} was not written. See {LOG_FILE} beside it.")
+        return found
+
+    @classmethod
+    def _file_name(cls) -> str:
+        raise NotImplementedError
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self:
+        return cls(**content)
+
+
+@dataclass(frozen=True)
+class StageFile(_AtomicFile):
+    """What a stage is to do: stage.json, written by the task."""
+
+    run_id: str
+    stage: str
+    attempt: int
+    fingerprint: str
+    entry: str
+    arguments: dict[str, Any]
+    launcher: dict[str, Any]
+    store_uri: str
+    start_from: CheckpointRef | None
+    resume: bool
+    """Resume from the newest verified checkpoint of this very fingerprint, if there is one."""
+    save_budget_s: float
+
+    @classmethod
+    def _file_name(cls) -> str:
+        return STAGE_FILE
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self:
+        start_from = content.pop("start_from")
+        return cls(**content, start_from=CheckpointRef(**start_from) if start_from else None)
+
+
+@dataclass(frozen=True)
+class StageResult(_AtomicFile):
+    """What a finished stage reports: result.json, written by rank 0, last."""
+
+    step: int
+    checkpoint: CheckpointRef
+    metrics: dict[str, float]
+    """first_loss, last_loss, accuracy, accuracy/<dataset>, tokens_per_s ..."""
+    counters: dict[str, int]
+    """trainable_parameters, total_parameters, samples, tokens ..."""
+    seconds: dict[str, float]
+    """setup, train, evaluate."""
+
+    @classmethod
+    def _file_name(cls) -> str:
+        return RESULT_FILE
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Self:
+        return cls(**{**content, "checkpoint": CheckpointRef(**content["checkpoint"])})
+
+
+@dataclass(frozen=True)
+class StageFailure(_AtomicFile):
+    """Why a stage failed: failure.json, written by the rank that failed first."""
+
+    error: str
+    """Name of a class in errors.py."""
+    message: str
+    rank: int
+    step: int | None = None
+    sample_ids: list[str] = field(default_factory=list)
+    traceback: str = ""
+
+    @classmethod
+    def _file_name(cls) -> str:
+        return FAILURE_FILE
+
+    @classmethod
+    def from_exception(cls, error: BaseException, *, rank: int, step: int | None = None) -> Self:
+        """Describe an exception; one from outside our error tree counts as an internal error."""
+        known = isinstance(error, InternVLError)
+        return cls(
+            error=type(error).__name__ if known else InternVLError.__name__,
+            message=str(error) if known else f"{type(error).__name__}: {error}",
+            rank=rank,
+            step=step,
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def write_first(self, attempt_dir: Path) -> bool:
+        """Write unless another rank was first; its cause is the one worth showing."""
+        body = json.dumps({"version": VERSION, **asdict(self)}, indent=2)
+        temporary = _write_temporary(attempt_dir, body)
+        try:
+            os.link(temporary, attempt_dir / FAILURE_FILE)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def to_exception(self) -> InternVLError:
+        return find_error_class(self.error)(self.message)
+
+
+def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside the target, sync, then rename over it."""
+    os.replace(_write_temporary(path.parent, json.dumps(content, indent=2)), path)
+
+
+def _write_temporary(directory: Path, body: str) -> str:
+    descriptor, name = tempfile.mkstemp(dir=directory, prefix=".writing-")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+    return name
+
+
+def digest_json(content: Any) -> str:
+    """Sha256 (hex) of a JSON value, independent of key order and white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""Every way the pipeline can fail, with its exit code and whether a retry can help.
+
+    InternVLError                        70  a fault of our own (also any exception without a class here)
+    |- ArgumentError                     64  the recipe or the arguments are wrong
+    |- DataError                         65  a record is wrong (file:line)
+    |- CheckpointError
+    |  |- CheckpointNotFound             80
+    |  |- CheckpointCorrupt              80
+    |  |- StoreUnavailable               69  retried
+    |  |- LeaseHeld                      73
+    |  |- DiskFull                       74
+    |  `- Fenced                         76
+    |- GateNotPassed                     65  a stage trained, but its held-out score is below the recipe's gate
+    `- StageError                            read from a stage's failure.json
+       |- OutOfMemory                    71
+       |- Preempted                      75  retried: stopped on request, checkpoint committed
+       |- Stalled                        77  retried
+       |- NonFinite                      78
+       |- WorkerLost                     79  retried: a process died without a word
+       `- NoProgress                     93
+
+A message says where, what is, what should be and what to do. Standard library only: the
+supervisor and the control plane read these classes without torch.
+"""
+
+
+class InternVLError(Exception):
+    """Base of all; raised itself only for a fault in this code."""
+
+    exit_code = 70
+    is_retryable = False
+
+
+class ArgumentError(InternVLError):
+    """The recipe or the arguments are wrong; nothing was started."""
+
+    exit_code = 64
+
+
+class DataError(InternVLError):
+    """A meta file, an annotation or a medium is wrong; names file and line."""
+
+    exit_code = 65
+
+
+class CheckpointError(InternVLError):
+    """A checkpoint could not be written, found or trusted."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No commit record: the checkpoint does not exist."""
+
+    exit_code = 80
+
+
+class CheckpointCorrupt(CheckpointError):
+    """The bytes differ from the manifest, or the manifest from its commit record."""
+
+    exit_code = 80
+
+
+class StoreUnavailable(CheckpointError):
+    """The store does not answer, refuses, or cannot create a file exclusively."""
+
+    exit_code = 69
+    is_retryable = True
+
+
+class LeaseHeld(CheckpointError):
+    """Another living run owns this stage."""
+
+    exit_code = 73
+
+
+class DiskFull(CheckpointError):
+    """No room for the checkpoint."""
+
+    exit_code = 74
+
+
+class Fenced(CheckpointError):
+    """A newer owner took over; this process may not write any more."""
+
+    exit_code = 76
+
+
+class GateNotPassed(InternVLError):
+    """The stage is trained and committed, but scores below the gate of its recipe."""
+
+    exit_code = 65
+
+
+class StageError(InternVLError):
+    """A stage's subprocess failed; read from its failure.json."""
+
+
+class OutOfMemory(StageError):
+    """GPU or host memory ran out."""
+
+    exit_code = 71
+
+
+class Preempted(StageError):
+    """Stopped on request after committing a checkpoint."""
+
+    exit_code = 75
+    is_retryable = True
+
+
+class Stalled(StageError):
+    """No progress within the watchdog's limit."""
+
+    exit_code = 77
+    is_retryable = True
+
+
+class NonFinite(StageError):
+    """Loss or gradient norm is NaN or infinite."""
+
+    exit_code = 78
+
+
+class WorkerLost(StageError):
+    """A process died by a signal and left no failure.json."""
+
+    exit_code = 79
+    is_retryable = True
+
+
+class NoProgress(StageError):
+    """Retried three times without a newer commit."""
+
+    exit_code = 93
+
+
+def find_error_class(name: str) -> type[InternVLError]:
+    """Find the class that failure.json names; `InternVLError` for a name that is not in the tree."""
+    todo: list[type[InternVLError]] = [InternVLError]
+    while todo:
+        candidate = todo.pop()
+        if candidate.__name__ == name:
+            return candidate
+        todo.extend(candidate.__subclasses__())
+    return InternVLError
