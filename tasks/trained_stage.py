@@ -1,0 +1,22 @@
+"""What the tasks hand on about a stage that is trained: the row of every table and report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_core.contract import CheckpointRef, StageResult
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A finished stage, trained just now or found finished in the store."""
+
+    name: str
+    result: StageResult
+    is_skipped: bool
+    """Nothing was trained: a committed result with the same fingerprint was in the store."""
+    metrics_path: Path
+    """metrics.jsonl of the stage, local; the loss curve."""
+
+    @property
+    def checkpoint(self) -> CheckpointRef:
+        return self.result.checkpoint
