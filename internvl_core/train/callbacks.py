@@ -1,0 +1,109 @@
+"""What happens around the steps: metrics out, stop requests in, checkpoints committed."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from internvl_core.errors import NonFinite
+from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.stop_request import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsCallback(TrainerCallback):
+    """Append a line to metrics.jsonl at each log step, on rank 0.
+
+    A loss or gradient norm that is not finite ends training on every rank: the weights it
+    made are never saved.
+    """
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        self._metrics = metrics
+        self._last_time = 0.0
+        self._last_tokens = 0
+        self._last_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last_time = time.monotonic()
+        self._last_tokens = state.num_input_tokens_seen
+        self._last_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise NonFinite(
+                    f"step {state.global_step}: {name} is {logs[name]}. Nothing after the last committed checkpoint "
+                    "is kept. Lower learning_rate, or look at the samples of the last steps."
+                )
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        elapsed_s = max(now - self._last_time, 1e-9)
+        steps = state.global_step - self._last_step
+        self._metrics.append(
+            step=state.global_step,
+            max_steps=state.max_steps,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),
+            tokens_per_s=(state.num_input_tokens_seen - self._last_tokens) / elapsed_s,
+            steps_per_s=steps / elapsed_s,
+            eta_s=(state.max_steps - state.global_step) * elapsed_s / max(steps, 1),
+        )
+        self._last_time, self._last_tokens, self._last_step = now, state.num_input_tokens_seen, state.global_step
+
+
+class StopCallback(TrainerCallback):
+    """Save and leave when any rank was asked to stop; all ranks agree on the step."""
+
+    def __init__(self, stop_request: StopRequest) -> None:
+        self._stop_request = stop_request
+        self.is_stopping = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # The flag travels through an all-reduce in each step: ranks that left at different steps would hang.
+        flag = torch.tensor(float(self._stop_request.is_set), device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        # At the last step training ends by itself, and the final checkpoint is worth more than one to resume from.
+        if flag.item() and state.global_step < state.max_steps:
+            self.is_stopping = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class CommitCallback(TrainerCallback):
+    """Commit each checkpoint that Trainer saved, once every rank has written its part."""
+
+    def __init__(self, publish: Callable[[Path, int], None]) -> None:
+        self._publish = publish
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+        if state.is_world_process_zero:
+            self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        if dist.is_initialized():
+            dist.barrier()
