@@ -53,7 +53,7 @@ class _AtomicFile:
             return None
         if content.pop("version") != VERSION:
             raise InternVLError(f"{attempt_dir / cls._file_name()}: written by another version of the pipeline.")
-        return cls._from_json(content)
+        return cls.from_json(content)
 
     @classmethod
     def get(cls, attempt_dir: Path) -> Self:
@@ -68,7 +68,8 @@ class _AtomicFile:
         raise NotImplementedError
 
     @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> Self:
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """Build from the JSON object without its version."""
         return cls(**content)
 
 
@@ -94,7 +95,7 @@ class StageFile(_AtomicFile):
         return STAGE_FILE
 
     @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> Self:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         start_from = content.pop("start_from")
         return cls(**content, start_from=CheckpointRef(**start_from) if start_from else None)
 
@@ -117,7 +118,7 @@ class StageResult(_AtomicFile):
         return RESULT_FILE
 
     @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> Self:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         return cls(**{**content, "checkpoint": CheckpointRef(**content["checkpoint"])})
 
 

@@ -1,0 +1,91 @@
+"""What a stage commits: checkpoints to resume from, its final weights, and the handover that says it is finished.
+
+Only rank 0 talks to the store. A stage is trained when a FINAL checkpoint is committed, and
+finished when a handover names it together with its result.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import StageStore, fetch, read_manifest
+from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
+from internvl_core.errors import CheckpointCorrupt
+from internvl_core.train.metrics import MetricsFile
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "internvl-pipeline")
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A verified local copy of a committed checkpoint of this stage."""
+
+    checkpoint: CheckpointRef
+    kind: CheckpointKind
+    step: int
+    path: Path
+
+
+class StageCommits:
+    """The commits of one stage in its store."""
+
+    def __init__(self, stage: StageFile, *, world_size: int, metrics: MetricsFile, cache_dir: Path) -> None:
+        self._store = StageStore(stage.store_uri, stage.stage, stage.fingerprint)
+        self._stage = stage
+        self._metrics = metrics
+        self._cache_dir = cache_dir
+        self._fence: int | None = None
+        self._info: dict[str, Any] = {
+            "run_id": stage.run_id,
+            "attempt": stage.attempt,
+            "entry": stage.entry,
+            "arguments": stage.arguments,
+            "world_size": world_size,
+            "versions": {library: version(library) for library in LIBRARIES},
+        }
+
+    def find_newest(self) -> Committed | None:
+        """Fetch the newest checkpoint of this stage that verifies; say which were passed over and why."""
+        for checkpoint in self._iter_checkpoints():
+            try:
+                manifest = read_manifest(checkpoint)
+                path = fetch(checkpoint, self._cache_dir)
+            except CheckpointCorrupt as error:
+                logger.warning("Passed over a checkpoint: %s", error)
+                continue
+            return Committed(checkpoint, manifest.kind, manifest.step, path)
+        return None
+
+    def publish(self, directory: Path, step: int, kind: CheckpointKind) -> CheckpointRef:
+        """Commit a directory, with the loss curve up to here beside the weights."""
+        if self._fence is None:
+            self._fence = self._store.next_fence()
+        if self._metrics.path.exists():
+            shutil.copyfile(self._metrics.path, directory / METRICS_FILE)
+        started = time.monotonic()
+        checkpoint = self._store.publish(
+            directory,
+            step=step,
+            fence=self._fence,
+            kind=kind,
+            parent=self._stage.start_from,
+            info={**self._info, "time": time.time()},
+        )
+        logger.info("Committed step %d (%s) in %.1f s: %s", step, kind, time.monotonic() - started, checkpoint.uri)
+        return checkpoint
+
+    def hand_over(self, result: StageResult) -> None:
+        """Declare the stage finished."""
+        self._store.hand_over(result.checkpoint, asdict(result))
+
+    def _iter_checkpoints(self) -> Iterator[CheckpointRef]:
+        for commit in self._store.list_committed():
+            yield commit.checkpoint

@@ -1,0 +1,265 @@
+"""One attempt of a stage inside a rank: build, train, commit, evaluate, hand over.
+
+torchrun starts `main` through `internvl_core.pretrain` or `internvl_core.finetune`. Whatever
+goes wrong leaves through one frame that writes failure.json.
+"""
+
+import logging
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from internvl_core.argument_rules import check_arguments
+from internvl_core.arguments import Arguments, parse_arguments
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
+from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFailure, StageFile, StageResult
+from internvl_core.data.collate import TrainingCollator
+from internvl_core.data.dataset import QuestionEncoder, build_dataset
+from internvl_core.data.tiling import Tiling
+from internvl_core.errors import InternVLError, OutOfMemory, Preempted
+from internvl_core.evaluate.generate import evaluate_held_out
+from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
+from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
+from internvl_core.train.callbacks import CommitCallback, MetricsCallback, StopCallback
+from internvl_core.train.commit import Committed, StageCommits
+from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.trainer import InternVLTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(entry: str, stop_request: StopRequest) -> None:
+    """Run a stage with the process's command line and exit with the error tree's code."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
+    attempt_dir: Path | None = None
+    try:
+        arguments = parse_arguments(sys.argv[1:])
+        attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
+        check_arguments(arguments.to_values(), entry=entry)
+        StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request).run()
+    except BaseException as error:  # the outermost frame: whatever happened is told to the task
+        _report_failure(error, attempt_dir)
+
+
+class StageRun:
+    """Everything one attempt of a stage needs, on one rank.
+
+    Without a stage.json (a bare torchrun by hand) nothing is committed; the weights end up in `output_dir`.
+    """
+
+    def __init__(self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest) -> None:
+        self._started = time.monotonic()
+        self._arguments = arguments
+        self._stage = stage
+        self._stop_request = stop_request
+        self._seconds: dict[str, float] = {}
+        training = arguments.training
+        training.prepare_for_launch()
+        _settle(arguments)
+        set_seed(training.seed)
+        self._output_dir = Path(training.output_dir)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._cache_dir = Path(arguments.extension.cache_dir).expanduser()
+        directory = Path(arguments.extension.attempt_dir) if stage else self._output_dir
+        self._directory = directory
+        self._metrics = MetricsFile(directory / METRICS_FILE)
+        self._commits = (
+            StageCommits(stage, world_size=training.world_size, metrics=self._metrics, cache_dir=self._cache_dir)
+            if stage
+            else None
+        )
+
+    def run(self) -> None:
+        """Train from where the stage stands, evaluate, and hand the result over."""
+        newest = self._find_newest()
+        if newest is not None and newest.kind is CheckpointKind.FINAL:
+            logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
+            loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir)
+            trained, final, step, counters = loaded.model, newest.checkpoint, newest.step, {}
+        else:
+            loaded = self._build_model()
+            trainer = self._train(loaded, newest)
+            trained, step, counters = trainer.model, trainer.state.global_step, _count(trainer)
+            final = self._save_final(trainer, loaded)
+        scores = self._evaluate(trained, loaded)
+        if self._commits is None or final is None or not self._is_rank_zero:
+            return
+        result = StageResult(step, final, {**self._summarize_curve(), **scores}, counters, self._seconds)
+        self._commits.hand_over(result)
+        result.write(self._directory)
+
+    @property
+    def _is_rank_zero(self) -> bool:
+        return bool(self._arguments.training.process_index == 0)
+
+    def _find_newest(self) -> Committed | None:
+        """Ask the store on rank 0 of each node; on the others the copy is there already."""
+        if self._commits is None or self._stage is None or not self._stage.resume:
+            return None
+        with self._arguments.training.main_process_first(desc="looking for a checkpoint to resume from"):
+            return self._commits.find_newest()
+
+    def _build_model(self) -> LoadedModel:
+        arguments = self._arguments
+        model_arguments = arguments.model
+        with arguments.training.main_process_first(desc="fetching the checkpoint to start from"):
+            start = self._find_start()
+            if start is not None:
+                model_arguments.model_name_or_path = str(fetch(start, self._cache_dir))
+        # DeepSpeed keeps fp32 masters of bf16 weights itself; elsewhere autocast needs fp32 weights.
+        dtype = torch.bfloat16 if arguments.training.bf16 and arguments.training.deepspeed else torch.float32
+        loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=dtype)
+        if model_arguments.grad_checkpoint:
+            enable_checkpointing(loaded.model)
+        return loaded
+
+    def _find_start(self) -> CheckpointRef | None:
+        if self._stage is not None and self._stage.start_from is not None:
+            return self._stage.start_from
+        path = self._arguments.model.model_name_or_path
+        return resolve_checkpoint(path) if path is not None and is_checkpoint_uri(path) else None
+
+    def _train(self, loaded: LoadedModel, newest: Committed | None) -> InternVLTrainer:
+        arguments = self._arguments
+        data = arguments.data
+        dataset = build_dataset(
+            Path(data.meta_path),
+            loaded.tokenizer,
+            _tiling(arguments),
+            conv_style=data.conv_style,
+            max_seq_length=data.max_seq_length,
+            tokens_per_tile=loaded.tokens_per_tile,
+            seed=arguments.training.seed,
+        )
+        stop = StopCallback(self._stop_request)
+        callbacks = [MetricsCallback(self._metrics), stop]
+        if self._commits is not None:
+            callbacks.append(CommitCallback(self._publish_training))
+        trainer = InternVLTrainer(
+            normalize_type=data.normalize_type,
+            decay_all=arguments.extension.decay_all,
+            model=set_trainable(loaded.model, arguments.model),
+            args=arguments.training,
+            train_dataset=dataset,
+            data_collator=TrainingCollator(pad_token_id=loaded.tokenizer.pad_token_id),
+            processing_class=loaded.tokenizer,
+            callbacks=callbacks,
+        )
+        if self._stop_request.is_set:
+            raise Preempted("Stopped on request before the first step; nothing was lost.")
+        if newest is not None and self._is_rank_zero:
+            logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
+            self._metrics.continue_from(newest.path / METRICS_FILE, step=newest.step)
+        self._seconds["setup"] = time.monotonic() - self._started
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
+        self._seconds["train"] = time.monotonic() - started
+        if stop.is_stopping:
+            raise Preempted(f"Stopped on request at step {trainer.state.global_step}; a checkpoint is committed.")
+        return trainer
+
+    def _publish_training(self, directory: Path, step: int) -> None:
+        assert self._commits is not None
+        self._commits.publish(directory, step, CheckpointKind.TRAINING)
+
+    def _save_final(self, trainer: InternVLTrainer, loaded: LoadedModel) -> CheckpointRef | None:
+        final_dir = self._output_dir / "final" if self._stage else self._output_dir
+        trainer.save_model(str(final_dir))
+        if self._commits is None or not self._is_rank_zero:
+            return None
+        if (final_dir / ADAPTER_FILE).exists() and self._stage is not None and self._stage.start_from is not None:
+            write_base(final_dir, self._stage.start_from)
+        return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL)
+
+    def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
+        started = time.monotonic()
+        data = self._arguments.data
+        encoder = QuestionEncoder(
+            loaded.tokenizer,
+            _tiling(self._arguments),
+            conv_style=data.conv_style,
+            max_seq_length=data.max_seq_length,
+            tokens_per_tile=loaded.tokens_per_tile,
+        )
+        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
+        self._seconds["evaluate"] = time.monotonic() - started
+        return scores
+
+    def _summarize_curve(self) -> dict[str, float]:
+        curve = self._metrics.read()
+        if not curve:
+            return {}
+        speeds = sorted(line["tokens_per_s"] for line in curve)
+        return {
+            "first_loss": curve[0]["loss"],
+            "last_loss": curve[-1]["loss"],
+            "tokens_per_s": speeds[len(speeds) // 2],
+        }
+
+
+def _settle(arguments: Arguments) -> None:
+    """Set what the trainer decides itself, whatever the arguments say."""
+    training = arguments.training
+    training.remove_unused_columns = False
+    training.label_names = ["labels"]
+    training.disable_tqdm = True if training.disable_tqdm is None else training.disable_tqdm
+    # A NaN must be seen, not replaced in the running mean (F7).
+    training.logging_nan_inf_filter = False
+    training.include_num_input_tokens_seen = "non_padding"
+    # Recomputation is switched on for both towers by `grad_checkpoint`.
+    training.gradient_checkpointing = False
+    if training.ddp_find_unused_parameters is None:
+        # The layers behind an earlier selected one get no gradient.
+        training.ddp_find_unused_parameters = arguments.model.vision_select_layer != -1
+
+
+def _tiling(arguments: Arguments) -> Tiling:
+    data = arguments.data
+    return Tiling(
+        tile_size=data.force_image_size,
+        min_tiles=data.min_dynamic_patch,
+        max_tiles=data.max_dynamic_patch,
+        use_thumbnail=data.use_thumbnail,
+        is_dynamic=data.dynamic_image_size,
+    )
+
+
+def _count(trainer: InternVLTrainer) -> dict[str, int]:
+    return {
+        "trainable_parameters": count_trainable(trainer.model),
+        "total_parameters": count_parameters(trainer.model),
+        "tokens": int(trainer.state.num_input_tokens_seen),
+    }
+
+
+def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
+    """Write failure.json and leave at once; the supervisor ends the other ranks."""
+    if isinstance(error, SystemExit) and not error.code:
+        return
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        error = OutOfMemory(f"{error}. Lower per_device_train_batch_size or max_dynamic_patch.")
+    failure = StageFailure.from_exception(error, rank=_rank())
+    if attempt_dir is not None:
+        with suppress(OSError):  # a full disk must not hide the cause, which is logged below
+            failure.write_first(attempt_dir)
+    if isinstance(error, InternVLError):
+        logger.error("%s: %s", failure.error, failure.message)
+    else:
+        logger.error("%s", failure.message, exc_info=error)
+    logging.shutdown()
+    # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
+    os._exit(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

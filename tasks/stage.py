@@ -1,0 +1,53 @@
+"""A stage of a recipe as the tasks see it. Field descriptions become the hints of the form in the UI."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PREVIOUS = "previous"
+
+
+class Gate(BaseModel):
+    """The least held-out score with which the pipeline goes on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = Field(description="Name of a metric in the stage's result, such as accuracy or accuracy/digit.")
+    at_least: float = Field(ge=0, le=1, description="Smallest score that passes, 0 to 1.")
+
+
+class Launcher(BaseModel):
+    """How many processes torchrun starts, and where."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["local", "slurm", "kubernetes"] = Field("local", description="Where torchrun runs.")
+    nnodes: int = Field(1, ge=1, description="Number of machines.")
+    nproc_per_node: int = Field(1, ge=1, description="Ranks on each machine: one a GPU.")
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.nproc_per_node
+
+
+class Stage(BaseModel):
+    """One training phase: the trainer's arguments, its processes, and the gate behind it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", description="Names the stage's directory in the store.")
+    entry: Literal["pretrain", "finetune", "mpo"] = Field(description="Entry point of the trainer.")
+    arguments: dict[str, Any] = Field(description="Arguments of the trainer, by the names of its command line.")
+    launcher: Launcher = Field(default_factory=Launcher, description="Processes of this stage.")
+    start_from: str | None = Field(
+        None,
+        description="URI of the checkpoint whose weights the stage starts from; 'previous' for the stage before. "
+        "Left out: the stage before, unless the arguments name a model or components.",
+    )
+    gate: Gate | None = Field(None, description="Fail the pipeline here when the held-out score is below.")
+    save_budget_s: float = Field(600, gt=0, description="Seconds a stop may take to save and commit.")
+
+    @property
+    def brings_own_weights(self) -> bool:
+        """The arguments name a model or components, so no checkpoint of another stage is the start."""
+        return any(self.arguments.get(name) for name in ("model_name_or_path", "vision_path", "llm_path"))

@@ -1,0 +1,71 @@
+"""What a stage comes to before it starts: resolved arguments, and the fingerprint that names its directory.
+
+The fingerprint covers what changes the result and nothing else (design 11), so that the same
+inputs find the same directory in the store, whoever runs them, where, and on how many ranks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_core import __version__
+from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
+from internvl_core.checkpoint.manifest import describe_files
+from internvl_core.contract import CheckpointRef, digest_json
+from internvl_core.data.meta import digest_meta
+from internvl_core.errors import ArgumentError
+from tasks.stage import Stage
+
+COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
+METAS = ("meta_path", "eval_meta_path")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage with its arguments resolved against the start it was given."""
+
+    stage: Stage
+    values: dict[str, Any]
+    """Every argument, defaults included."""
+    start_from: CheckpointRef | None
+    fingerprint: str
+
+
+def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
+    """Resolve and check a stage's arguments; needs neither files nor hardware.
+
+    Raises:
+        ArgumentError: all that is wrong with them, a line each, led by the stage's name.
+    """
+    given = dict(stage.arguments)
+    if has_parent:
+        given["model_name_or_path"] = stage.start_from or "the previous stage"
+    try:
+        values = resolve_arguments(given)
+        check_arguments(values, entry=stage.entry)
+    except ArgumentError as error:
+        raise ArgumentError("\n".join(f"{stage.name}: {line}" for line in str(error).splitlines())) from None
+    if has_parent:
+        values["model_name_or_path"] = None
+    return values
+
+
+def plan_stage(stage: Stage, start_from: CheckpointRef | None) -> StagePlan:
+    """Resolve a stage's arguments and fingerprint everything that its result depends on."""
+    values = resolve_stage(stage, has_parent=start_from is not None)
+    content = {
+        "entry": stage.entry,
+        "trainer": __version__.split(".")[0],
+        "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
+        "data": {name: digest_meta(Path(values[name])) for name in METAS if values[name]},
+        "components": {name: _digest_component(values[name]) for name in COMPONENTS if values[name]},
+        "start_from": start_from.digest if start_from else None,
+    }
+    return StagePlan(stage, values, start_from, digest_json(content))
+
+
+def _digest_component(path: str) -> str:
+    """Digest a local folder by content; anything else (a hub id) is its own name."""
+    if not Path(path).is_dir():
+        return path
+    return digest_json([[entry.path, entry.size_bytes, entry.sha256] for entry in describe_files(Path(path))])
