@@ -1,0 +1,43 @@
+# Two commands for users: `make smoke` and `make test`. Everything installs into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PREFECT_HOME ?= $(CURDIR)/runs/prefect
+
+.PHONY: help install smoke test test-all check format schema clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(VENV)/.installed  ## Build .venv with everything, exactly pinned.
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,smoke,s3,dev]'
+	touch $@
+
+smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
+	$(BIN)/internvl run smoke
+
+test: check  ## Run every test that CI runs.
+	$(BIN)/pytest -m 'not slow'
+
+test-all: check  ## Run everything, the long tests included.
+	$(BIN)/pytest
+
+check: install  ## Lint, format check, types, import directions.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## Format and fix what ruff can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: install  ## Write the arguments' schema from the dataclasses.
+	$(BIN)/python -m internvl_core.arguments
+
+clean:  ## Remove the virtual environment, runs and caches.
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
