@@ -130,7 +130,7 @@ class TrackingSpool:
         return b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
 
 
-def read_rows(path: Path, offset: int, *, max_rows: int) -> tuple[list[dict[str, Any]], int]:
+def read_rows(path: Path, offset: int, *, max_rows: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """Read the next complete rows of a metrics file and the offset behind them.
 
     A last line without its newline is still being written and stays for the next call. A line that
