@@ -3,6 +3,7 @@
     InternVLError                        70  a fault of our own (also any exception without a class here)
     |- ArgumentError                     64  the recipe or the arguments are wrong
     |- DataError                         65  a record is wrong (file:line)
+    |  `- MediaError                     65  an image cannot be read (path)
     |- CheckpointError
     |  |- CheckpointNotFound             80
     |  |- CheckpointCorrupt              80
@@ -41,6 +42,10 @@ class DataError(InternVLError):
     """A meta file, an annotation or a medium is wrong; names file and line."""
 
     exit_code = 65
+
+
+class MediaError(DataError):
+    """An image is missing, broken, too large or of a kind that is not read; names its path."""
 
 
 class CheckpointError(InternVLError):

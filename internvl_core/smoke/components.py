@@ -1,0 +1,199 @@
+"""The smoke components: a tiny InternViT and a tiny Qwen2 with its tokenizer, as Hugging Face folders.
+
+    OUT/vision    InternVLVisionModel, 4 x 4 patches, so 4 tokens a tile after the pixel shuffle
+    OUT/llm       Qwen2ForCausalLM, byte-level BPE trained on the annotations' own text
+
+Weights are random but not arbitrary: equal settings give equal bytes. InternVL's nine special
+tokens are not in the vocabulary; adding them is the loader's work, as with a real language model.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from internvl_core.data.meta import DatasetMeta
+from internvl_core.data.records import IMAGE_TAG, RecordFile
+from internvl_core.errors import ArgumentError, DataError
+from internvl_core.smoke.generated import generate_once, run_command
+
+_END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_ROLES = ("system", "user", "assistant")
+_EMBEDDING_MULTIPLE = 64
+_MAX_POSITIONS = 2048
+# Raise it when the content changes, so that folders of the old content are not taken for the new.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ComponentsSettings:
+    """What decides every weight and every token."""
+
+    hidden_size: int = 64
+    num_vision_layers: int = 2
+    num_llm_layers: int = 2
+    num_attention_heads: int = 4
+    image_size: int = 32
+    patch_size: int = 8
+    vocab_size: int = 480
+    """Tokens at most; a small corpus has fewer merges to give."""
+    seed: int = 0
+    format: int = _FORMAT
+
+    def __post_init__(self) -> None:
+        # The rotary embedding turns pairs, so a head's width is even.
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ArgumentError(
+                f"hidden_size: {self.hidden_size} is not a multiple of 2 x {self.num_attention_heads} heads."
+            )
+        if self.image_size % (2 * self.patch_size):
+            raise ArgumentError(
+                f"image_size: {self.image_size} px is not an even number of {self.patch_size}-px patches."
+            )
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of the weights.
+
+        Keeps the scale of what passes a layer of this width. With the usual 0.02 a width of 64 needs
+        several times the steps before it learns anything.
+        """
+        return float(self.hidden_size**-0.5)
+
+
+def generate_components(out_dir: Path, texts_dir: Path, settings: ComponentsSettings) -> bool:
+    """Write both components; a complete folder of equal settings and texts is left as it is.
+
+    Args:
+        texts_dir: annotation files (jsonl) whose turns the tokenizer is trained on.
+
+    Returns:
+        Whether anything was written.
+
+    Raises:
+        DataError: there is no annotation file.
+    """
+    annotations = sorted(texts_dir.glob("*.jsonl"))
+    if not annotations:
+        raise DataError(f"{texts_dir}: holds no .jsonl file to train the tokenizer on.")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in annotations)).hexdigest()
+
+    def write(folder: Path) -> None:
+        tokenizer = train_tokenizer(_iter_texts(annotations), settings.vocab_size)
+        tokenizer.save_pretrained(folder / "llm")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            build_vision_model(settings).save_pretrained(folder / "vision")
+            build_language_model(settings, tokenizer).save_pretrained(folder / "llm")
+
+    return generate_once(out_dir, {**asdict(settings), "texts_sha256": digest}, write)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE with Qwen2's way of splitting text: digits singly, words with their space."""
+    pipeline = Qwen2Tokenizer().backend_tokenizer
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    trained.pre_tokenizer = pipeline.pre_tokenizer
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len((_END_OF_TEXT, _TURN_START, _TURN_END)),
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        unk_token=_END_OF_TEXT,
+        pad_token=_END_OF_TEXT,
+        eos_token=_TURN_END,
+        additional_special_tokens=[_TURN_START, _TURN_END],
+        model_max_length=_MAX_POSITIONS,
+    )
+
+
+def build_vision_model(settings: ComponentsSettings) -> InternVLVisionModel:
+    """Build the ViT with random weights, ready to learn in minutes rather than weeks."""
+    model = InternVLVisionModel(
+        InternVLVisionConfig(
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_vision_layers,
+            num_attention_heads=settings.num_attention_heads,
+            attention_bias=True,
+            intermediate_size=2 * settings.hidden_size,
+            image_size=settings.image_size,
+            patch_size=settings.patch_size,
+            initializer_range=settings.initializer_range,
+            norm_type="layer_norm",
+            # 0.1 is for deep towers trained long; it keeps one of two layers nearly shut.
+            layer_scale_init_value=1.0,
+        )
+    )
+    with torch.no_grad():
+        # transformers starts both at zero: patches that cannot be told apart by place.
+        model.embeddings.cls_token.normal_(std=settings.initializer_range)
+        model.embeddings.position_embeddings.normal_(std=settings.initializer_range)
+    return model
+
+
+def build_language_model(settings: ComponentsSettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """Build the language model with random weights, its embeddings padded to a multiple of 64."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=-(-len(tokenizer) // _EMBEDDING_MULTIPLE) * _EMBEDDING_MULTIPLE,
+            hidden_size=settings.hidden_size,
+            intermediate_size=2 * settings.hidden_size,
+            num_hidden_layers=settings.num_llm_layers,
+            num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_attention_heads // 2,
+            initializer_range=settings.initializer_range,
+            max_position_embeddings=_MAX_POSITIONS,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _iter_texts(annotations: list[Path]) -> Iterator[str]:
+    # The roles appear in every rendered turn but in no annotation.
+    yield from (f"{role}\n" for role in _ROLES for _ in range(1000))
+    for path in annotations:
+        meta = DatasetMeta(path.stem, path.parent, path, data_augment=False, repeat_time=1, max_dynamic_patch=None)
+        yield from (turn.text.replace(IMAGE_TAG, "") for record in RecordFile(meta) for turn in record.turns)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write a tiny vision tower and a tiny language model.")
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--texts", type=Path, required=True, help="folder of the annotations (jsonl)")
+    for name, value in asdict(ComponentsSettings()).items():
+        if name != "format":
+            parser.add_argument(f"--{name}", type=int, default=value)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    sizes = {name: value for name, value in vars(args).items() if name not in ("out_dir", "texts")}
+    generate_components(args.out_dir, args.texts, ComponentsSettings(**sizes))
+
+
+if __name__ == "__main__":
+    run_command(_run, _build_parser())
