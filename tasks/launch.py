@@ -1,0 +1,259 @@
+"""Start a stage's trainer under its supervisor, and watch it through the files of the attempt.
+
+Invariant: whoever leaves the `with` block of a `RunningStage`, by whatever exception, leaves no
+trainer behind; whoever dies inside it closes a pipe, which asks the supervisor to stop.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from internvl_core.contract import LOG_FILE, METRICS_FILE, StageFailure, StageFile, StageResult
+from internvl_core.errors import ArgumentError, InternVLError, LeaseHeld, WorkerLost, find_error_class
+
+logger = logging.getLogger(__name__)
+
+SUPERVISOR_LOG_FILE = "supervisor.log"
+
+_MAX_LOG_LINES = 200
+_KILL_MARGIN_S = 15.0
+"""Over the save budget: the supervisor itself then kills what is left, which takes seconds."""
+
+
+def build_command(stage: StageFile, attempt_dir: Path) -> list[str]:
+    """Build the argv that trains a stage; every argument is one item `--key=value`, never seen by a shell.
+
+    Raises:
+        ArgumentError: the launcher is of a kind that is not built yet, or a value cannot be passed to a process.
+    """
+    num_ranks = _get_num_ranks(stage.launcher)
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes=1", f"--nproc-per-node={num_ranks}"),
+        # Port 0: the kernel picks a free one, so that runs on one machine never meet.
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        # Its default is /tmp, where a killed torchrun leaves a directory behind.
+        f"--log-dir={attempt_dir / 'torchrun'}",
+        *("-m", f"internvl_core.{stage.entry}"),
+        f"--attempt_dir={attempt_dir}",
+        *_build_arguments(stage.arguments),
+    ]
+
+
+def _get_num_ranks(launcher: Mapping[str, Any]) -> int:
+    kind = launcher.get("kind", "local")
+    if kind != "local":
+        raise ArgumentError(f"launcher.kind: {kind!r} is not built yet; use 'local'.")
+    nnodes = launcher.get("nnodes", 1)
+    if nnodes != 1:
+        raise ArgumentError(f"launcher.nnodes: {nnodes!r}; more than one node is not built yet; use 1.")
+    num_ranks = launcher.get("nproc_per_node", 1)
+    if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
+        raise ArgumentError(f"launcher.nproc_per_node: {num_ranks!r} should be a number of processes, 1 or more.")
+    return num_ranks
+
+
+def _build_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in arguments.items():
+        if value is None:
+            continue
+        text = json.dumps(value) if isinstance(value, list | dict) else str(value)
+        item = f"--{key}={text}"
+        if not _is_passable(item) or text == "--":  # argparse of Python 3.11 drops this very value.
+            raise ArgumentError(
+                f"arguments: {key}: {text!r} cannot be passed on. Write text without NUL or surrogates, and not '--'."
+            )
+        yield item
+
+
+def _is_passable(item: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(item)
+    except UnicodeEncodeError:
+        return False
+
+
+def launch_stage(stage: StageFile, attempt_dir: Path) -> "RunningStage":
+    """Write stage.json and start the stage; the attempt's directory is made if need be.
+
+    Raises:
+        ArgumentError: see `build_command`; nothing was started.
+    """
+    attempt_dir = attempt_dir.resolve()
+    command = build_command(stage, attempt_dir)
+    attempt_dir.mkdir(parents=True, exist_ok=True)
+    stage.write(attempt_dir)
+    return launch_command(command, attempt_dir, stage.save_budget_s)
+
+
+def launch_command(command: Sequence[str], attempt_dir: Path, save_budget_s: float) -> "RunningStage":
+    """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
+    supervisor = [sys.executable, "-m", "internvl_core.supervisor"]
+    options = [f"--attempt-dir={attempt_dir}", f"--save-budget={save_budget_s}"]
+    with (attempt_dir / SUPERVISOR_LOG_FILE).open("ab") as log:
+        process = subprocess.Popen(
+            [*supervisor, *options, "--", *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    logger.info("supervisor %d runs %s", process.pid, shlex.join(command))
+    return RunningStage(process, attempt_dir, save_budget_s)
+
+
+class RunningStage:
+    """A stage at work, or just over.
+
+    A context manager: leaving it while the trainer runs, by an exception (Prefect's
+    TerminationSignal and KeyboardInterrupt are BaseExceptions) or without one, stops the trainer
+    and waits for it. For the main thread: only that one is told of a cancel.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], attempt_dir: Path, save_budget_s: float) -> None:
+        self.process = process
+        self.attempt_dir = attempt_dir
+        self._save_budget_s = save_budget_s
+        self._log = LineTail(attempt_dir / LOG_FILE)
+        self._metrics = LineTail(attempt_dir / METRICS_FILE)
+
+    @property
+    def pid(self) -> int:
+        """Of the supervisor."""
+        return self.process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.poll() is None:
+            logger.warning("stopping the trainer: %s", kind.__name__ if kind else "nobody watches it any more")
+            self.stop()
+        self.ask_to_stop()
+
+    def poll(self) -> int | None:
+        """Return the exit code of the stage (errors.py), None while it runs."""
+        return self.process.poll()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics that were logged since the last call; never blocks."""
+        return list(self._parse_metrics())
+
+    def iter_metrics(self, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
+        """Yield metrics as they are logged, until the stage is over and all are read."""
+        while self.poll() is None:
+            yield from self._parse_metrics()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(poll_s)
+        yield from self._parse_metrics()
+
+    def _parse_metrics(self) -> Iterator[dict[str, Any]]:
+        for line in self._metrics.read():
+            try:
+                yield json.loads(line)
+            except ValueError:  # A curve with a hole is better than a training that ends over it.
+                logger.warning("%s: not JSON, left out: %.100s", self.attempt_dir / METRICS_FILE, line)
+
+    def read_log(self) -> str:
+        """Return what the trainer logged since the last call: whole lines, only the last of them if they are many."""
+        lines: deque[str] = deque(maxlen=_MAX_LOG_LINES)
+        num_lines = 0
+        is_over = self.poll() is not None
+        for line in self._log.read(take_unfinished=is_over):
+            lines.append(line)
+            num_lines += 1
+        skipped = num_lines - len(lines)
+        head = [f"[{skipped} lines skipped, all are in {self.attempt_dir / LOG_FILE}]"] if skipped else []
+        return "\n".join([*head, *lines])
+
+    def ask_to_stop(self) -> None:
+        """Ask the trainer to save and leave, once; returns at once."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def stop(self) -> None:
+        """Stop the trainer and wait until none of its processes is left; safe to repeat.
+
+        It has the save budget to commit a checkpoint. After that and a margin the supervisor is
+        told to kill, and at last is killed itself: its ranks notice and leave.
+        """
+        self.ask_to_stop()
+        if self._has_ended_within(self._save_budget_s + _KILL_MARGIN_S):
+            return
+        # Three signals mean "now". Three different ones: equal ones may merge while they are pending.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.process.send_signal(number)
+        if not self._has_ended_within(_KILL_MARGIN_S):
+            logger.error("supervisor %d does not end: SIGKILL", self.pid)
+            self.process.kill()
+            self.process.wait()
+
+    def _has_ended_within(self, seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.poll() is not None
+
+    def result(self) -> StageResult:
+        """Return what the finished stage reports.
+
+        Raises:
+            InternVLError: of the class that failure.json names; the message ends with where the log is.
+        """
+        exit_code = self.poll()
+        if exit_code is None:
+            raise InternVLError(f"{self.attempt_dir}: the stage is still running; wait for poll() before result().")
+        if exit_code == 0:
+            return StageResult.get(self.attempt_dir)
+        failure = StageFailure.find(self.attempt_dir)
+        # With another exit code than that of failure.json, this supervisor was refused and the failure is another's.
+        if failure is not None and (exit_code < 0 or exit_code == find_error_class(failure.error).exit_code):
+            where = f"Log: {self.attempt_dir / LOG_FILE}"
+            error = failure.to_exception()
+            raise error if failure.message.endswith(where) else type(error)(f"{failure.message} {where}")
+        raise self._explain_supervisor(exit_code)
+
+    def _explain_supervisor(self, exit_code: int) -> InternVLError:
+        path = self.attempt_dir / SUPERVISOR_LOG_FILE
+        if exit_code < 0:
+            name = signal.Signals(-exit_code).name
+            return WorkerLost(f"The supervisor itself was killed by {name}, its ranks left with it. Log: {path}")
+        last_line = path.read_text(errors="replace").rstrip().rpartition("\n")[2]
+        refusals = {error.exit_code: error for error in (ArgumentError, LeaseHeld)}
+        return refusals.get(exit_code, InternVLError)(f"The supervisor ended with {exit_code}: {last_line} Log: {path}")
+
+
+class LineTail:
+    """Read a file that somebody else appends to, whole lines at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self, *, take_unfinished: bool = False) -> Iterator[str]:
+        """Yield the lines that were finished since the last call; none if the file is not there yet.
+
+        With `take_unfinished` the last line may lack its end: its writer is gone.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n") and not take_unfinished:
+                    return
+                self._offset += len(line)
+                yield line.removesuffix(b"\n").decode(errors="replace")

@@ -1,0 +1,67 @@
+"""A rank without torch: works until it is asked to stop, saves for a while, says that it is preempted."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from internvl_core.contract import StageFailure
+from internvl_core.errors import Preempted
+from internvl_core.supervisor import STATE_FILE
+from internvl_core.train.stop_request import StopRequest
+
+POLL_S = 0.02
+DATA_WORKER = "import signal; signal.pause()"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--attempt_dir", type=Path, required=True)
+    parser.add_argument("--save_s", type=float, default=0.0)
+    parser.add_argument("--late_rank", type=int, help="connects only when the stop was asked for")
+    parser.add_argument("--never_connect", action="store_true")
+    parser.add_argument("--fail_rank", type=int, help="writes failure.json and stays")
+    options = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    directory: Path = options.attempt_dir
+
+    print(f"rank {rank} starts", flush=True)
+    subprocess.Popen([sys.executable, "-c", DATA_WORKER])
+    if options.late_rank == rank:
+        announce(directory / f"rank-{rank}.pid")
+        wait_for(lambda: '"stopping"' in (directory / STATE_FILE).read_text())
+    if options.never_connect:
+        announce(directory / f"rank-{rank}.pid")
+        signal.pause()
+    stop = StopRequest.connect()
+    announce(directory / f"rank-{rank}.pid")
+    if options.fail_rank == rank:
+        StageFailure(error="NonFinite", message="loss is nan", rank=rank).write_first(directory)
+        signal.pause()
+    wait_for(lambda: stop.is_set)
+
+    end = time.monotonic() + options.save_s
+    wait_for(lambda: time.monotonic() >= end)
+    announce(directory / f"rank-{rank}.saved")
+    wait_for(lambda: len(list(directory.glob("*.saved"))) == int(os.environ["WORLD_SIZE"]))
+    if rank == 0:
+        StageFailure.from_exception(Preempted("Stopped at step 7, committed."), rank=rank).write_first(directory)
+    return Preempted.exit_code
+
+
+def announce(path: Path) -> None:
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(str(os.getpid()))
+    temporary.rename(path)
+
+
+def wait_for(condition) -> None:
+    while not condition():
+        time.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
