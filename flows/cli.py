@@ -47,9 +47,11 @@ def run(
     # Refuse a wrong recipe before a server is started for it.
     loaded = load_recipe(recipe, overrides)
 
+    from flows.console import quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
 
+    quiet_prefect()
     flow = pretrain if loaded.flow == "pretrain" else finetune
     _print_result(flow(recipe, overrides=overrides, is_fresh=fresh))
 
@@ -99,8 +101,9 @@ def _print_result(result: "RecipeResult") -> None:
     console = Console()
     console.print()
     console.print(render_table(result.trained))
+    typer.echo("Checkpoints")
     for trained in result.trained:
-        typer.echo(f"  {trained.name:<10} {trained.checkpoint.uri}")
+        typer.echo(f"  {trained.name:<9} {trained.checkpoint.uri}")
     typer.echo(f"\nReport      {result.report_path}")
     for name, command in _ui_commands(result.recipe).items():
         typer.echo(f"{name:<11} {command}")

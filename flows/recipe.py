@@ -137,25 +137,31 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], str]:
     return content, f"recipe {source}"
 
 
-def _set(content: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    target: Any = content
-    for number, key in enumerate(parents):
-        target = _step_into(target, key, path=".".join(parents[: number + 1]))
-    if not isinstance(target, dict):
-        raise ArgumentError(f"--set {path}: {'.'.join(parents)} has no keys.")
-    target[last] = value
-
-
-def _step_into(target: Any, key: str, *, path: str) -> Any:
+def _set(target: Any, path: str, value: Any, *, whole_path: str | None = None) -> None:
+    whole_path = whole_path or path
     if isinstance(target, list):
-        names = [item.get("name") for item in target if isinstance(item, dict)]
-        if key not in names:
-            raise ArgumentError(f"--set {path}: no stage named {key}{_nearest(key, names)}. Stages: {', '.join(names)}.")
-        return target[names.index(key)]
-    if not isinstance(target, dict):
-        raise ArgumentError(f"--set {path}: this is a value, it has no keys.")
-    return target.setdefault(key, {})
+        name = _find_stage_name(target, path, whole_path=whole_path)
+        stage = next(item for item in target if item.get("name") == name)
+        _set(stage, path.removeprefix(f"{name}."), value, whole_path=whole_path)
+    elif not isinstance(target, dict):
+        raise ArgumentError(f"--set {whole_path}: there is a value, not keys, before {path}.")
+    elif "." not in path:
+        target[path] = value
+    else:
+        key, _, rest = path.partition(".")
+        _set(target.setdefault(key, {}), rest, value, whole_path=whole_path)
+
+
+def _find_stage_name(stages: list[Any], path: str, *, whole_path: str) -> str:
+    """Find the stage whose name the path begins with; a name may hold dots, as stage1.5 does."""
+    names = [str(item.get("name")) for item in stages if isinstance(item, dict)]
+    found = [name for name in names if path.startswith(f"{name}.")]
+    if not found:
+        wanted = path.partition(".")[0]
+        raise ArgumentError(
+            f"--set {whole_path}: no stage named {wanted}{_nearest(wanted, names)}. Stages: {', '.join(names)}."
+        )
+    return max(found, key=len)
 
 
 def _nearest(key: str, known: list[str]) -> str:

@@ -3,16 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from internvl_core.arguments import Arguments
-from internvl_core.data.collate import collate_prompts
-from internvl_core.data.dataset import Question, QuestionEncoder, load_questions
+from internvl_core.data.collate import PromptCollator
+from internvl_core.data.dataset import Encoding, Question, encode_question, load_questions
 from internvl_core.data.media import normalise
 from internvl_core.evaluate.score import count_matches, summarize_accuracy
 
@@ -21,9 +19,7 @@ logger = logging.getLogger(__name__)
 END_OF_TURN = "<|im_end|>"
 
 
-def evaluate_held_out(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoder: QuestionEncoder, arguments: Arguments
-) -> dict[str, float]:
+def evaluate_held_out(model: nn.Module, encoding: Encoding, arguments: Arguments) -> dict[str, float]:
     """Score the model on the held-out meta file by exact match.
 
     Every rank answers each `world_size`-th question; all return the same scores.
@@ -34,8 +30,8 @@ def evaluate_held_out(
     if arguments.extension.eval_meta_path is None:
         return {}
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    questions = load_questions(Path(arguments.extension.eval_meta_path))[rank::world_size]
-    answers = list(_iter_answers(model, tokenizer, encoder, questions, arguments))
+    questions = load_questions(arguments.extension.eval_meta_path)[rank::world_size]
+    answers = list(_iter_answers(model, encoding, questions, arguments))
     correct, asked = count_matches(questions, answers)
     if dist.is_initialized():
         correct, asked = _sum_over_ranks(correct), _sum_over_ranks(asked)
@@ -45,33 +41,30 @@ def evaluate_held_out(
 
 
 def _iter_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: QuestionEncoder,
-    questions: list[Question],
-    arguments: Arguments,
+    model: nn.Module, encoding: Encoding, questions: list[Question], arguments: Arguments
 ) -> Iterator[str]:
     model.eval()
+    tokenizer = encoding.tokenizer
+    collate = PromptCollator(tokenizer.pad_token_id)
     parameter = next(model.parameters())
     batch_size = arguments.training.per_device_eval_batch_size
     for start in range(0, len(questions), batch_size):
-        prompts = [encoder.encode(question) for question in questions[start : start + batch_size]]
-        batch = collate_prompts(prompts, pad_token_id=tokenizer.pad_token_id)
-        pixel_values = batch.pop("pixel_values", None)
-        if pixel_values is not None:
-            normalize_type = arguments.data.normalize_type
-            batch["pixel_values"] = normalise(pixel_values.to(parameter.device), normalize_type, parameter.dtype)
-        batch = {name: tensor.to(parameter.device) for name, tensor in batch.items()}
+        prompts = [encode_question(question, encoding) for question in questions[start : start + batch_size]]
+        batch = collate(prompts)
+        inputs = {name: batch[name].to(parameter.device) for name in ("input_ids", "attention_mask")}
+        if "pixel_values" in batch:
+            tiles = batch["pixel_values"].to(parameter.device)
+            inputs["pixel_values"] = normalise(tiles, arguments.data.normalize_type, parameter.dtype)
         with torch.inference_mode():
             output = model.generate(
-                **batch,
+                **inputs,
                 max_new_tokens=arguments.extension.eval_max_new_tokens,
                 do_sample=False,
                 use_cache=True,
                 eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
                 pad_token_id=tokenizer.pad_token_id,
             )
-        yield from tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _sum_over_ranks(counts: Counter[str]) -> Counter[str]:

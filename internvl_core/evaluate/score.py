@@ -24,6 +24,6 @@ def count_matches(questions: Iterable[Question], answers: Iterable[str]) -> tupl
     correct: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for question, answer in zip(questions, answers, strict=True):
-        asked[question.dataset] += 1
-        correct[question.dataset] += is_exact_match(answer, question.answer)
+        asked[question.meta.name] += 1
+        correct[question.meta.name] += is_exact_match(answer, question.answer)
     return correct, asked

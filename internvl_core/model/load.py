@@ -24,24 +24,11 @@ from transformers import (
 from internvl_core.arguments import DataTrainingArguments, ModelArguments
 from internvl_core.checkpoint.store import fetch
 from internvl_core.contract import CheckpointRef, write_json_atomically
+from internvl_core.data.conversation import IMAGE_CONTEXT, SPECIAL_TOKENS
 from internvl_core.errors import ArgumentError
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
 
 logger = logging.getLogger(__name__)
-
-IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"  # noqa: S105 (a token of text, not a secret)
-SPECIAL_TOKENS = (
-    "<img>",
-    "</img>",
-    IMAGE_CONTEXT_TOKEN,
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-)
-"""InternVL's nine tokens, in the order in which every published checkpoint added them."""
 
 VOCABULARY_MULTIPLE = 64
 
@@ -133,7 +120,7 @@ def assemble_components(
     config = InternVLConfig(
         vision_config=vision_tower.config,
         text_config=llm.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
         image_seq_length=_count_tokens_per_tile(vision_tower.config, down_sample_ratio),
         downsample_ratio=down_sample_ratio,
     )

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from internvl_core import __version__
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore, fetch, read_manifest
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
@@ -21,7 +22,7 @@ from internvl_core.train.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "internvl-pipeline")
+LIBRARIES = ("torch", "transformers", "deepspeed", "peft")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class StageCommits:
             "entry": stage.entry,
             "arguments": stage.arguments,
             "world_size": world_size,
-            "versions": {library: version(library) for library in LIBRARIES},
+            "versions": {"internvl-pipeline": __version__, **{library: version(library) for library in LIBRARIES}},
         }
 
     def find_newest(self) -> Committed | None:

@@ -22,8 +22,9 @@ from internvl_core.arguments import Arguments, parse_arguments
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFailure, StageFile, StageResult
-from internvl_core.data.collate import TrainingCollator
-from internvl_core.data.dataset import QuestionEncoder, build_dataset
+from internvl_core.data.collate import SampleCollator
+from internvl_core.data.dataset import Encoding, SupervisedDataset
+from internvl_core.data.meta import load_meta
 from internvl_core.data.tiling import Tiling
 from internvl_core.errors import InternVLError, OutOfMemory, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
@@ -132,13 +133,10 @@ class StageRun:
     def _train(self, loaded: LoadedModel, newest: Committed | None) -> InternVLTrainer:
         arguments = self._arguments
         data = arguments.data
-        dataset = build_dataset(
-            Path(data.meta_path),
-            loaded.tokenizer,
-            _tiling(arguments),
-            conv_style=data.conv_style,
+        dataset = SupervisedDataset(
+            load_meta(data.meta_path),
+            self._encoding(loaded),
             max_seq_length=data.max_seq_length,
-            tokens_per_tile=loaded.tokens_per_tile,
             seed=arguments.training.seed,
         )
         stop = StopCallback(self._stop_request)
@@ -151,7 +149,7 @@ class StageRun:
             model=set_trainable(loaded.model, arguments.model),
             args=arguments.training,
             train_dataset=dataset,
-            data_collator=TrainingCollator(pad_token_id=loaded.tokenizer.pad_token_id),
+            data_collator=SampleCollator(loaded.tokenizer.pad_token_id),
             processing_class=loaded.tokenizer,
             callbacks=callbacks,
         )
@@ -183,17 +181,20 @@ class StageRun:
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
-        data = self._arguments.data
-        encoder = QuestionEncoder(
-            loaded.tokenizer,
-            _tiling(self._arguments),
-            conv_style=data.conv_style,
-            max_seq_length=data.max_seq_length,
-            tokens_per_tile=loaded.tokens_per_tile,
-        )
-        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
+        scores = evaluate_held_out(model, self._encoding(loaded), self._arguments)
         self._seconds["evaluate"] = time.monotonic() - started
         return scores
+
+    def _encoding(self, loaded: LoadedModel) -> Encoding:
+        data = self._arguments.data
+        tiling = Tiling(
+            tile_size=data.force_image_size,
+            min_tiles=data.min_dynamic_patch,
+            max_tiles=data.max_dynamic_patch,
+            use_thumbnail=data.use_thumbnail,
+            is_dynamic=data.dynamic_image_size,
+        )
+        return Encoding(loaded.tokenizer, tiling, data.conv_style, loaded.tokens_per_tile)
 
     def _summarize_curve(self) -> dict[str, float]:
         curve = self._metrics.read()
@@ -221,17 +222,6 @@ def _settle(arguments: Arguments) -> None:
     if training.ddp_find_unused_parameters is None:
         # The layers behind an earlier selected one get no gradient.
         training.ddp_find_unused_parameters = arguments.model.vision_select_layer != -1
-
-
-def _tiling(arguments: Arguments) -> Tiling:
-    data = arguments.data
-    return Tiling(
-        tile_size=data.force_image_size,
-        min_tiles=data.min_dynamic_patch,
-        max_tiles=data.max_dynamic_patch,
-        use_thumbnail=data.use_thumbnail,
-        is_dynamic=data.dynamic_image_size,
-    )
 
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:

@@ -7,8 +7,11 @@ ranks and accumulation steps, so it is the exact global mean.
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from internvl_core.data.dataset import Sample, SupervisedDataset
 from internvl_core.data.media import normalise
 
 
@@ -22,10 +25,19 @@ class InternVLTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
+        inputs.pop("sample_ids", None)
         if inputs.get("pixel_values") is not None:
             dtype = next(self.accelerator.unwrap_model(self.model).parameters()).dtype
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._normalize_type, dtype)
         return inputs
+
+    def _get_train_sampler(self, train_dataset: Dataset[Sample] | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, SupervisedDataset):
+            return super()._get_train_sampler(train_dataset)
+        # Trainer would decode every image of the dataset to learn its length.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=dataset.lengths)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay every tensor as the original does (F12), or all but biases and norms as Hugging Face does."""
