@@ -352,6 +352,14 @@ def test_a_finished_stage_returns_its_result_and_all_whole_metrics(attempt, laun
     assert state["killed"] == 0
 
 
+def test_metrics_that_nobody_read_in_time_are_there_after_the_end(attempt, launch):
+    running = launch(*TRAINER, attempt.directory, "finish")
+    wait_for_exit(running)
+
+    assert [metrics["step"] for metrics in running.iter_metrics()] == [1, 2, 3]
+    assert running.read_metrics() == []
+
+
 def test_a_daemon_that_the_trainer_left_behind_is_killed(attempt, launch):
     running = launch(*TRAINER, attempt.directory, "finish-with-daemon")
 
