@@ -69,9 +69,9 @@ def _build_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
             continue
         text = json.dumps(value) if isinstance(value, list | dict) else str(value)
         item = f"--{key}={text}"
-        if not _is_passable(item) or text == "--":  # argparse of Python 3.11 drops this very value.
+        if not _is_passable(item):
             raise ArgumentError(
-                f"arguments: {key}: {text!r} cannot be passed on. Write text without NUL or surrogates, and not '--'."
+                f"arguments: {key}: {text!r} cannot be passed on. Write text without NUL or surrogates."
             )
         yield item
 
