@@ -1,0 +1,274 @@
+"""The arguments of a training stage: the seeds' dataclasses, and their parsing.
+
+Parsing needs no hardware, so every recipe can be checked on any machine: what looks at the
+machine waits in `TrainingArguments.prepare_for_launch`. `python -m internvl_core.arguments`
+writes arguments.schema.json, from which torch-free code reads the fields.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import torch
+import transformers
+
+from internvl_core.argument_rules import SCHEMA_PATH, load_properties, read_arguments
+from internvl_core.arguments_schema import build_schema
+from internvl_core.command_line import TextParser, read_command_line
+from internvl_core.deepspeed_config import resolve_deepspeed
+from internvl_core.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+# accelerate reads these where the arguments leave room, and it sets the second one itself.
+ENVIRONMENT_IGNORED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+# The annotations of the next two classes are the seeds' own, to the letter.
+@dataclass
+class ModelArguments:
+    """Where the model comes from and which parts of it learn."""
+
+    model_name_or_path: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata=_help("Start from a whole model: a folder, a hub id, or the URI of a committed checkpoint."),
+    )
+    vision_path: Optional[str] = field(  # noqa: UP045
+        default=None, metadata=_help("Start from components: the vision tower. Needs llm_path.")
+    )
+    llm_path: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata=_help("Start from components: the language model and its tokenizer. Needs vision_path."),
+    )
+    mlp_path: Optional[str] = field(  # noqa: UP045
+        default=None, metadata=_help("Weights of the projector alone, loaded over the model's.")
+    )
+    freeze_llm: bool = field(default=False, metadata=_help("Do not train the language model."))
+    freeze_backbone: bool = field(default=False, metadata=_help("Do not train the vision tower."))
+    freeze_mlp: bool = field(default=False, metadata=_help("Do not train the projector between the two."))
+    unfreeze_vit_layers: int = field(
+        default=0,
+        metadata=_help("Train these layers of a frozen vision tower: -N the last N, +N all from layer N on, 0 none."),
+    )
+    vision_select_layer: int = field(
+        default=-1, metadata=_help("Layer of the vision tower whose output the projector reads; -1 is the last.")
+    )
+    use_backbone_lora: int = field(
+        default=0, metadata=_help("LoRA rank on the vision tower, alpha twice the rank; 0 for no LoRA.")
+    )
+    use_llm_lora: int = field(
+        default=0, metadata=_help("LoRA rank on the language model, alpha twice the rank; 0 for no LoRA.")
+    )
+    unfreeze_lm_head: bool = field(
+        default=False, metadata=_help("Train the output head although the language model is frozen.")
+    )
+    grad_checkpoint: bool = field(
+        default=True, metadata=_help("Recompute activations in the backward pass: slower, needs less memory.")
+    )
+    drop_path_rate: float = field(
+        default=0.0,
+        metadata=_help("Stochastic depth of the vision tower: the rate at its last layer, rising linearly from 0."),
+    )
+    ps_version: Literal["v1", "v2"] = field(
+        default="v2", metadata=_help("Variant of the pixel shuffle that folds patches into image tokens.")
+    )
+    use_fast_tokenizer: bool = field(
+        default=False, metadata=_help("Without effect: transformers 5 has one kind of tokenizer for a model.")
+    )
+    use_liger: bool = field(default=False, metadata=_help("Use Liger's fused kernels in the language model."))
+
+
+@dataclass
+class DataTrainingArguments:
+    """How records become token sequences and tiles."""
+
+    max_seq_length: int = field(
+        default=8192, metadata=_help("Longest sequence in tokens, image tokens included; longer ones are cut.")
+    )
+    force_image_size: int = field(default=448, metadata=_help("Side of a tile in pixels."))
+    down_sample_ratio: float = field(
+        default=0.5, metadata=_help("Factor by which the pixel shuffle shrinks each side of the patch grid.")
+    )
+    pad2square: bool = field(default=False, metadata=_help("Pad an image to a square before it is resized."))
+    conv_style: str = field(default="internlm2-chat", metadata=_help("Chat format in which conversations are written."))
+    meta_path: str = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help("JSON file that lists the data sets of the training mix."),
+    )
+    use_data_resampling: bool = field(default=False, metadata=_help("Weight data sets by the root of their size."))
+    dynamic_image_size: bool = field(
+        default=False, metadata=_help("Cut images into a grid of tiles near their own aspect ratio; else one tile.")
+    )
+    use_thumbnail: bool = field(
+        default=False, metadata=_help("Add a tile of the whole image where it was cut into several.")
+    )
+    min_dynamic_patch: int = field(default=1, metadata=_help("Fewest tiles an image may be cut into."))
+    max_dynamic_patch: int = field(
+        default=12, metadata=_help("Most tiles an image may be cut into, without the thumbnail.")
+    )
+    min_num_frame: int = field(default=8, metadata=_help("Fewest frames taken from a video."))
+    max_num_frame: int = field(default=32, metadata=_help("Most frames taken from a video."))
+    normalize_type: Literal["imagenet", "clip", "siglip"] = field(
+        default="imagenet", metadata=_help("Mean and deviation by which pixels are normalised.")
+    )
+    use_packed_ds: bool = field(default=False, metadata=_help("Pack several samples into one sequence."))
+    num_images_expected: int = field(default=40, metadata=_help("Most tiles in a pack."))
+    max_packed_tokens: int = field(default=8192, metadata=_help("Most tokens in a pack."))
+    max_buffer_size: int = field(default=20, metadata=_help("Packs held open before the fullest is given out."))
+    log_freq: int = field(default=1000, metadata=_help("Samples between two log lines of the packer."))
+    strict_mode: bool = field(default=True, metadata=_help("Pad every pack to its full number of tiles and tokens."))
+    replacement: bool = field(default=False, metadata=_help("Start an exhausted data set over."))
+    allow_overflow: bool = field(default=False, metadata=_help("Let a pack grow over its limit, then split it."))
+    loss_reduction: str = field(
+        default="token", metadata=_help("Weight of a conversation in the loss: token, sample or square.")
+    )
+    loss_reduction_all_gather: bool = field(
+        default=False, metadata=_help("Normalise the weighted loss over all ranks.")
+    )
+
+
+class TrainingArguments(transformers.TrainingArguments):
+    """Hugging Face's arguments, except that making them does not look at the machine."""
+
+    if TYPE_CHECKING:
+        deepspeed: Any
+
+    decay_all: bool = True
+    """Copied from ExtensionArguments by `parse_arguments`; not a field."""
+
+    def __post_init__(self) -> None:
+        """Leave everything as given: Hugging Face's own would ask for devices here."""
+
+    def prepare_for_launch(self) -> None:
+        """Do what Hugging Face does at construction: check the hardware, take a device, configure DeepSpeed.
+
+        Raises:
+            ArgumentError: this machine cannot do what the arguments ask for.
+        """
+        if self.output_dir is None:
+            raise ArgumentError("output_dir: missing. Give it, or attempt_dir.")
+        if not torch.accelerator.is_available():
+            # Hugging Face lets bf16 train on a CPU only if told that a CPU is meant.
+            self.use_cpu = True
+        self._check_machine()
+        if self.deepspeed is not None:
+            self.deepspeed = resolve_deepspeed(self.deepspeed, decay_all=self.decay_all)
+        for name in ENVIRONMENT_IGNORED:
+            if os.environ.pop(name, None) is not None:
+                logger.warning("%s in the environment is ignored: only arguments decide how a model is trained.", name)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
+
+    def _check_machine(self) -> None:
+        problems = []
+        if self.fp16 and self.use_cpu:
+            problems.append("fp16: needs a GPU, and none is used. Use bf16, which a CPU can do.")
+        if self.bf16 and not self.use_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            problems.append(f"bf16: {torch.cuda.get_device_name()} cannot do it. Use fp16 or a GPU of Ampere or later.")
+        if self.tf32 and self.use_cpu:
+            problems.append("tf32: needs a GPU of Ampere or later, and none is used. Leave it out.")
+        if "tensorboard" in (self.report_to or []) and importlib.util.find_spec("tensorboard") is None:
+            problems.append("report_to: tensorboard is not installed. Run pip install tensorboard, or use none.")
+        if problems:
+            raise ArgumentError("\n".join(problems))
+
+
+@dataclass
+class ExtensionArguments:
+    """What the seeds do not have."""
+
+    attempt_dir: str | None = field(
+        default=None, metadata=_help("Directory of this attempt, with stage.json; set by the pipeline.")
+    )
+    cache_dir: str = field(
+        default="~/.cache/internvl", metadata=_help("Directory into which remote checkpoints are fetched.")
+    )
+    eval_meta_path: str | None = field(
+        default=None, metadata=_help("JSON file that lists the held-out sets; scored after training by greedy answers.")
+    )
+    eval_max_new_tokens: int = field(default=32, metadata=_help("Longest answer to a held-out question, in tokens."))
+    decay_all: bool = field(
+        default=True,
+        metadata=_help(
+            "Decay every tensor's weights, as the original does; False spares biases and norms, as Hugging Face does."
+        ),
+    )
+
+
+GROUPS: Mapping[str, type] = {
+    "model": ModelArguments,
+    "data": DataTrainingArguments,
+    "training": TrainingArguments,
+    "extension": ExtensionArguments,
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All arguments of a stage."""
+
+    model: ModelArguments
+    data: DataTrainingArguments
+    training: TrainingArguments
+    extension: ExtensionArguments
+
+    def to_values(self) -> dict[str, Any]:
+        """Flatten to the resolved plain values they were made of; call it before `prepare_for_launch`."""
+        return {
+            name: getattr(getattr(self, str(fragment["x-group"])), name) for name, fragment in load_properties().items()
+        }
+
+
+def parse_arguments(source: Sequence[str] | Mapping[str, Any]) -> Arguments:
+    """Parse command-line items (one item ending in .json is a file of them all) or a mapping.
+
+    Raises:
+        ArgumentError: every problem, a line each.
+    """
+    given, problems = _read_source(source)
+    values, further = read_arguments(given)
+    if problems or further:
+        raise ArgumentError("\n".join([*problems, *further]))
+    model, data, training, extension = TextParser(list(GROUPS.values())).parse_dict(values)
+    training.decay_all = extension.decay_all
+    return Arguments(model, data, training, extension)
+
+
+def _read_source(source: Sequence[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    if isinstance(source, Mapping):
+        return source, []
+    if len(source) == 1 and source[0].endswith(".json") and not source[0].startswith("--"):
+        return _read_json(Path(source[0])), []
+    return read_command_line(source, list(GROUPS.values()), load_properties())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be read ({error.strerror}). Give a JSON file of arguments.") from None
+    except ValueError as error:
+        raise ArgumentError(f"{path}: not JSON ({error}). Fix the file.") from None
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{path}: holds a {type(content).__name__}; it should be an object of arguments.")
+    return content
+
+
+def format_schema() -> str:
+    """Format the schema of all arguments as the committed file has it."""
+    return json.dumps(build_schema(GROUPS), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_PATH.write_text(format_schema(), encoding="utf-8")

@@ -1,0 +1,135 @@
+"""What this version does not do yet, as one table: an issue that builds a row deletes it.
+
+Every value that the trainer would have to ignore is refused with a row of this table.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """Arguments whose other values nothing implements."""
+
+    names: tuple[str, ...]
+    reason: str
+    """What will do it, or what does it instead, and what to do now."""
+    allowed: tuple[Any, ...] | None = None
+    """The values that work; None: only the default."""
+
+
+_PACKING = "belongs to packing, which is not built yet. Leave it out; finetune pads its batches"
+_EVALUATION = "belongs to evaluation during training. Held-out sets are scored after the stage: give eval_meta_path"
+_HUB = "publishing to the Hub is a task of its own, not built yet. Leave it out; checkpoints go to the store"
+
+NOT_BUILT: tuple[NotBuilt, ...] = (
+    NotBuilt(
+        ("conv_style",),
+        "the only chat format built so far is internvl2_5. Say conv_style: internvl2_5",
+        ("internvl2_5",),
+    ),
+    NotBuilt(("ps_version",), "the native model shuffles pixels as v2 only; v1 is not built yet. Use v2"),
+    NotBuilt(("mlp_path",), "loading a projector by itself is not built yet. Start from a whole checkpoint"),
+    NotBuilt(
+        ("use_liger", "use_liger_kernel", "liger_kernel_config"), "Liger's kernels are not built in yet. Leave it out"
+    ),
+    NotBuilt(("pad2square",), "padding to a square is not built yet; tiles are square already. Leave it out"),
+    NotBuilt(
+        ("use_data_resampling",), "weighting data sets by size is not built yet. Use repeat_time in the meta file"
+    ),
+    NotBuilt(("min_num_frame", "max_num_frame"), "video is not built yet. Leave it out"),
+    NotBuilt(("use_packed_ds",), "packing is not built yet. Leave it out; batches are padded"),
+    NotBuilt(
+        ("num_images_expected", "max_packed_tokens", "max_buffer_size", "log_freq", "strict_mode", "replacement"),
+        _PACKING,
+    ),
+    NotBuilt(("allow_overflow",), "it crashes the original in the middle of a run and will not be built. Leave it out"),
+    NotBuilt(
+        ("loss_reduction", "loss_reduction_all_gather"),
+        "weights per conversation come with packing. The loss is the exact token mean over all ranks: leave it out",
+    ),
+    NotBuilt(
+        ("resume_from_checkpoint",), "a stage resumes by itself from its newest verified checkpoint. Leave it out"
+    ),
+    NotBuilt(("eval_strategy",), _EVALUATION),
+    NotBuilt(
+        (
+            "do_eval",
+            "do_predict",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "prediction_loss_only",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+        ),
+        _EVALUATION,
+    ),
+    NotBuilt(
+        ("save_strategy",), "the best step is not known before the stage is scored. Use steps", ("no", "steps", "epoch")
+    ),
+    NotBuilt(("save_only_model",), "a checkpoint without optimizer state cannot be resumed. Leave it out"),
+    NotBuilt(("enable_jit_checkpoint",), "the trainer saves on SIGTERM by itself. Leave it out"),
+    NotBuilt(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_token",
+            "hub_strategy",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        _HUB,
+    ),
+    NotBuilt(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        "Trackio is not supported. Leave it out; MLflow records every run",
+    ),
+    NotBuilt(
+        ("auto_find_batch_size",), "the batch size belongs to the result and is never changed silently. Leave it out"
+    ),
+    NotBuilt(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"), "compiling is not built yet. Leave it out"
+    ),
+    NotBuilt(("fsdp", "fsdp_config"), "FSDP is not built; use deepspeed: zero3"),
+    NotBuilt(("parallelism_config",), "tensor and context parallelism are not built. Leave it out"),
+    NotBuilt(
+        ("train_sampling_strategy",),
+        "this order is not built. Use random or group_by_length",
+        ("random", "group_by_length"),
+    ),
+    NotBuilt(("length_column_name",), "lengths come from the data set itself. Leave it out"),
+    NotBuilt(("label_names",), "a batch's labels are always called labels. Leave it out", (None, ["labels"])),
+    NotBuilt(
+        ("include_num_input_tokens_seen",),
+        "tokens are always counted without padding. Leave it out",
+        ("no", "non_padding", True, False),
+    ),
+    NotBuilt(
+        ("lr_scheduler_type",),
+        "this schedule follows a score measured during training, which is not built. Use cosine",
+        (
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+            "inverse_sqrt",
+            "cosine_with_min_lr",
+            "cosine_warmup_with_min_lr",
+            "warmup_stable_decay",
+        ),
+    ),
+    # Trainer's smoother replaces the model's own loss, and with it the term that keeps every rank in the vision tower.
+    NotBuilt(("label_smoothing_factor",), "label smoothing is not built yet. Leave it out"),
+)
