@@ -6,20 +6,29 @@ the console and in the UI alike. Any other exception keeps its stack.
 
 import logging
 
+from prefect.logging.configuration import setup_logging
+
 from internvl_core.errors import InternVLError
 
 _RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
-_BOOKKEEPING = ("Finished in state", "Beginning flow run", "Created flow run", "View at", "Stopping temporary server")
+_BOOKKEEPING = (
+    "Finished in state",
+    "Beginning flow run",
+    "Created flow run",
+    "View at",
+    "Starting temporary server",
+    "Stopping temporary server",
+)
 
 
 def quiet_prefect() -> None:
-    """Filter the run loggers of this process; call it after Prefect is imported."""
+    """Filter the run loggers of this process."""
+    # Prefect would do it at the first run, and make handlers that this function could not see.
+    setup_logging()
     for name in _RUN_LOGGERS:
         logging.getLogger(name).addFilter(_drop_known_stack)
-    for name in ("prefect", *_RUN_LOGGERS):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.addFilter(_is_for_people)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_for_people)
 
 
 def _drop_known_stack(record: logging.LogRecord) -> bool:
@@ -34,5 +43,7 @@ def _drop_known_stack(record: logging.LogRecord) -> bool:
 
 def _is_for_people(record: logging.LogRecord) -> bool:
     if getattr(record, "is_told_elsewhere", False):
+        return False
+    if record.levelno > logging.INFO and record.getMessage().startswith("Finished in state Failed"):
         return False
     return record.levelno > logging.INFO or not record.getMessage().startswith(_BOOKKEEPING)
