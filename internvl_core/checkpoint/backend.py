@@ -1,0 +1,82 @@
+"""The few operations that the commit protocol needs of a store.
+
+Names are relative to the root that a backend was opened at. `create` is exclusive: of any
+number of racing writers exactly one succeeds. fsspec does not promise that for every protocol
+(on local files its check and its write are two steps), hence a class of our own for files.
+
+Every error of an operating system or SDK leaves as StoreUnavailable or DiskFull with its cause
+on one line, except the two that are answers: FileExistsError of `create`, FileNotFoundError of `read`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from internvl_core.checkpoint.local_backend import LocalBackend
+from internvl_core.checkpoint.remote_backend import RemoteBackend
+from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
+from internvl_core.errors import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+CREATE_ATTEMPTS = 3
+
+
+class Backend(Protocol):
+    """One store, seen from one root."""
+
+    uri: str
+
+    def create(self, name: str, body: bytes) -> None:
+        """Create a small object durably.
+
+        Raises:
+            FileExistsError: the name is taken.
+        """
+
+    def read(self, name: str) -> bytes:
+        """Read an object whole; FileNotFoundError where there is none."""
+
+    def list_names(self, folder: str) -> list[str]:
+        """List the names directly in a folder; none for a folder that does not exist."""
+
+    def get_sizes_bytes(self, folder: str) -> dict[str, int]:
+        """Ask for the size of every file below a folder, by path relative to it."""
+
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
+        """Store files of a local directory, durably, in a folder that did not exist before."""
+
+    def remove(self, name: str) -> None:
+        """Remove an object."""
+
+
+def open_backend(uri: str) -> LocalBackend | RemoteBackend:
+    """Open a store at a root; nothing is read or written yet.
+
+    Raises:
+        ArgumentError: the URI is not one that can be a store.
+    """
+    uri = normalize_uri(uri)
+    return LocalBackend(uri) if uri.startswith(FILE_PREFIX) else RemoteBackend(uri)
+
+
+def create_once(backend: Backend, name: str, body: bytes) -> bool:
+    """Create an object exactly once, even if the answer to a creation that worked is lost.
+
+    Returns:
+        Whether the object now holds `body`; False if another writer was first.
+    """
+    for attempt in range(1, CREATE_ATTEMPTS + 1):
+        try:
+            backend.create(name, body)
+        except FileExistsError:
+            # Perhaps by our own earlier attempt, whose answer never came: the bytes tell.
+            return backend.read(name) == body
+        except StoreUnavailable as error:
+            if attempt == CREATE_ATTEMPTS:
+                raise
+            logger.warning("%s Trying again.", error)
+        else:
+            return True
+    return False

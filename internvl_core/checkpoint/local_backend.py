@@ -1,0 +1,108 @@
+"""A store in a local or mounted directory, with the standard library only.
+
+`os.link` is the exclusive step: it is atomic, and what it makes visible is written and synced
+already. A file counts as stored when it and the folder that names it are synced.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from internvl_core.checkpoint.faults import translated
+from internvl_core.checkpoint.uri import FILE_PREFIX
+
+# Another file system, one without hard links, too many links to one file, or a file of another user.
+_NOT_LINKABLE = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}
+
+
+class LocalBackend:
+    """`file://`."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._root = Path(uri.removeprefix(FILE_PREFIX))
+
+    def get_path(self, name: str) -> Path:
+        """Say where an object lies on this machine."""
+        return self._root / name
+
+    def create(self, name: str, body: bytes) -> None:
+        path = self._root / name
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with translated(f"Creating {path}", answers=(FileExistsError,)):
+            _make_folder(path.parent)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(body)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync(path.parent)
+
+    def read(self, name: str) -> bytes:
+        with translated(f"Reading {self._root / name}", answers=(FileNotFoundError,)):
+            return (self._root / name).read_bytes()
+
+    def list_names(self, folder: str) -> list[str]:
+        with translated(f"Listing {self._root / folder}"):
+            try:
+                return [path.name for path in (self._root / folder).iterdir()]
+            except FileNotFoundError:
+                return []
+
+    def get_sizes_bytes(self, folder: str) -> dict[str, int]:
+        root = self._root / folder
+        with translated(f"Listing {root}"):
+            return {
+                path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()
+            }
+
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
+        target = self._root / folder
+        with translated(f"Storing {directory} in {target}"):
+            for path in paths:
+                _make_folder((target / path).parent)
+                _store_file((directory / path).resolve(), target / path)
+            for parent in {(target / path).parent for path in paths}:
+                _sync(parent)
+
+    def remove(self, name: str) -> None:
+        with translated(f"Removing {self._root / name}"):
+            (self._root / name).unlink(missing_ok=True)
+
+
+def _store_file(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where that cannot be, and sync it."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NOT_LINKABLE:
+            raise
+        shutil.copyfile(source, target)
+    _sync(target)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder with its parents, each durable before anything is put into it."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        # Not as it stands: from `create` that error would mean that somebody else was first.
+        raise NotADirectoryError(errno.ENOTDIR, "is a file where a folder is needed", str(folder)) from error
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

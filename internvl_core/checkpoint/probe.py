@@ -1,0 +1,74 @@
+"""The start-up probe: does a store answer, and does it keep the one promise that commits rest on?"""
+
+import logging
+import secrets
+from concurrent.futures import Future
+from threading import Thread
+
+from internvl_core.checkpoint.backend import Backend, open_backend
+from internvl_core.errors import CheckpointError, StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+PROBE_LIMIT_S = 15.0
+
+
+def check_store(store_uri: str) -> None:
+    """Try a store before anything is trained: create, create again, read, list, remove.
+
+    Raises:
+        ArgumentError: the URI cannot be that of a store.
+        StoreUnavailable: it does not answer within 15 s, refuses, or lies about exclusive creation.
+        DiskFull: there is no room for even a small file.
+    """
+    backend = open_backend(store_uri)
+    outcome: Future[None] = Future()
+
+    def probe() -> None:
+        try:
+            _probe(backend)
+        except Exception as error:  # noqa: BLE001 (raised again by the waiting thread)
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    # A thread because a hanging network mount cannot be interrupted; a daemon because nobody waits for it then.
+    Thread(target=probe, name="store-probe", daemon=True).start()
+    try:
+        outcome.result(timeout=PROBE_LIMIT_S)
+    except StoreUnavailable as error:
+        raise StoreUnavailable(_tell(backend.uri, str(error))) from error
+    except TimeoutError as error:
+        raise StoreUnavailable(_tell(backend.uri, f"No answer within {PROBE_LIMIT_S:.0f} s.")) from error
+
+
+def _probe(backend: Backend) -> None:
+    name, body = f".probe-{secrets.token_hex(8)}", secrets.token_bytes(32)
+    backend.create(name, body)
+    try:
+        _check_promises(backend, name, body)
+    finally:
+        try:
+            backend.remove(name)
+        except CheckpointError as error:
+            logger.warning("The probe %s/%s could not be removed: %s", backend.uri, name, error)
+
+
+def _check_promises(backend: Backend, name: str, body: bytes) -> None:
+    try:
+        backend.create(name, body[::-1])
+    except FileExistsError:
+        pass
+    else:
+        raise StoreUnavailable("It let the same object be created twice, so two runs could overwrite each other.")
+    if backend.read(name) != body:
+        raise StoreUnavailable("What was written is not what is read.")
+    if name not in backend.list_names(""):
+        raise StoreUnavailable("What was written is not listed.")
+
+
+def _tell(uri: str, cause: str) -> str:
+    return (
+        f"{uri} cannot be used as a checkpoint store. {cause} "
+        "Check the address, the credentials and the rights to write there, or choose another store."
+    )

@@ -1,0 +1,95 @@
+"""A store behind any fsspec filesystem but the local one.
+
+Exclusive creation is `pipe_file(mode="create")`: a conditional PUT on S3 and its kin, one step
+under the GIL in memory. Elsewhere it may be a check and then a write; the start-up probe
+refuses a store where it is not even that.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from internvl_core.checkpoint.faults import translated
+
+# botocore's defaults wait 60 s for a connection and try 5 times: longer than a person waits for "wrong host".
+_S3_OPTIONS = {
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}},
+}
+# s3fs's defaults keep ten 50 MB parts of every file in flight. Measured against moto with four shards of 192 MiB:
+# 1.65 GB of memory with the defaults, 0.37 GB with these; as fast up, and down in 4.6 s instead of 13.
+_S3_UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 2}
+_S3_DOWNLOAD = {"max_concurrency": 1}
+_TRANSFER_WORKERS = 4
+_S3_PROTOCOLS = ("s3://", "s3a://")
+
+
+class RemoteBackend:
+    """`s3://`, `memory://` and whatever else fsspec knows."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        is_s3 = uri.startswith(_S3_PROTOCOLS)
+        self._upload_options: dict[str, Any] = _S3_UPLOAD if is_s3 else {}
+        self._download_options: dict[str, Any] = _S3_DOWNLOAD if is_s3 else {}
+        options: dict[str, Any] = _S3_OPTIONS if is_s3 else {}
+        with translated(f"Opening {uri}"):
+            # A cached listing would hide what another process committed.
+            self._fs = fsspec.filesystem(uri.partition("://")[0], use_listings_cache=False, **options)
+        # Only the asynchronous filesystems promise to bear several threads.
+        self._num_workers = _TRANSFER_WORKERS if isinstance(self._fs, AsyncFileSystem) else 1
+
+    def create(self, name: str, body: bytes) -> None:
+        with translated(f"Creating {self.uri}/{name}", answers=(FileExistsError,)):
+            self._fs.pipe_file(self._path(name), body, mode="create")
+
+    def read(self, name: str) -> bytes:
+        with translated(f"Reading {self.uri}/{name}", answers=(FileNotFoundError,)):
+            return bytes(self._fs.cat_file(self._path(name)))
+
+    def list_names(self, folder: str) -> list[str]:
+        with translated(f"Listing {self.uri}/{folder}"):
+            try:
+                found = self._fs.ls(self._path(folder), detail=False)
+            except FileNotFoundError:
+                return []
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+    def get_sizes_bytes(self, folder: str) -> dict[str, int]:
+        root = self._path(folder)
+        with translated(f"Listing {self.uri}/{folder}"):
+            found = self._fs.find(root, detail=True)
+        return {str(path).removeprefix(root).lstrip("/"): int(info["size"]) for path, info in found.items()}
+
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
+        def upload_file(path: str) -> None:
+            self._fs.put_file(str((directory / path).resolve()), self._path(f"{folder}/{path}"), **self._upload_options)
+
+        with translated(f"Uploading {directory} to {self.uri}/{folder}"):
+            self._run_for_each(upload_file, paths)
+
+    def download(self, folder: str, paths: Sequence[str], directory: Path) -> None:
+        """Copy files of a folder into a local directory; FileNotFoundError where one is missing."""
+
+        def download_file(path: str) -> None:
+            self._fs.get_file(self._path(f"{folder}/{path}"), str(directory / path), **self._download_options)
+
+        with translated(f"Downloading {self.uri}/{folder} to {directory}", answers=(FileNotFoundError,)):
+            for path in paths:
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            self._run_for_each(download_file, paths)
+
+    def remove(self, name: str) -> None:
+        with translated(f"Removing {self.uri}/{name}"):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return str(self._fs._strip_protocol(f"{self.uri}/{name}"))
+
+    def _run_for_each(self, transfer: Callable[[str], None], paths: Iterable[str]) -> None:
+        """Transfer in parallel; the first error stops the files not yet begun."""
+        with ThreadPoolExecutor(self._num_workers) as pool:
+            list(pool.map(transfer, paths))

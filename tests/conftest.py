@@ -1,0 +1,36 @@
+"""Fixtures that more than one kind of test needs."""
+
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Run a real S3 server on a free port of this machine and point every SDK of the session at it.
+
+    It starts empty. Child processes find it too: the address and the credentials are in the environment.
+    """
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", endpoint)
+        environment.setenv("AWS_ACCESS_KEY_ID", "testing")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield endpoint
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket_uri(s3_endpoint: str) -> str:
+    """Make an empty bucket: `s3://...`."""
+    bucket = f"runs-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3", endpoint_url=s3_endpoint).mkdir(bucket)
+    return f"s3://{bucket}"
