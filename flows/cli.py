@@ -34,7 +34,9 @@ def run(
         list[str] | None, typer.Option("--set", help="a.b=value, such as stages.stage2.arguments.max_steps=100.")
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Train every stage again, even those that are finished.")] = False,
-    start_from: Annotated[str | None, typer.Option(help="URI of the checkpoint that the first stage starts from.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="URI of the checkpoint to start from.")
+    ] = None,
 ) -> None:
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
     for name, value in QUIET_PREFECT.items():

@@ -23,13 +23,14 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the recipe; the MLflow experiment.")
     description: str = Field("", description="What it is for, in a sentence.")
     flow: Literal["pretrain", "finetune"] = Field("pretrain", description="Flow that runs it.")
-    workspace: str = Field(description="Local directory for attempts, caches and the report. `{workspace}` in any "
-                           "argument stands for it.")
+    workspace: str = Field(
+        description="Local directory for attempts, caches and the report. `{workspace}` in any argument stands for it."
+    )
     store_uri: str | None = Field(None, description="fsspec URI for checkpoints; default: `store` in the workspace.")
     tracking_uri: str | None = Field(None, description="MLflow; default: an SQLite file in the workspace.")
     smoke_inputs: bool = Field(False, description="Make the digits data set and the tiny components in the workspace.")
     start_from: str | None = Field(None, description="Checkpoint URI that the first stage starts from.")
-    launcher: Launcher = Field(default_factory=Launcher, description="Processes of every stage that says no other.")
+    launcher: Launcher = Field(default=Launcher(), description="Processes of every stage that says no other.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Arguments common to all stages.")
     stages: list[Stage] = Field(min_length=1, description="Stages, in order.")
 
@@ -127,7 +128,9 @@ def _read_yaml(source: str) -> tuple[dict[str, Any], str]:
     elif path.is_file():
         text = path.read_text()
     else:
-        raise ArgumentError(f"recipe {source}: neither a file nor one of the shipped ones: {', '.join(list_recipes())}.")
+        raise ArgumentError(
+            f"recipe {source}: neither a file nor one of the shipped ones: {', '.join(list_recipes())}."
+        )
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -21,9 +21,9 @@ class Launcher(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["local", "slurm", "kubernetes"] = Field("local", description="Where torchrun runs.")
-    nnodes: int = Field(1, ge=1, description="Number of machines.")
-    nproc_per_node: int = Field(1, ge=1, description="Ranks on each machine: one a GPU.")
+    kind: Literal["local", "slurm", "kubernetes"] = Field(default="local", description="Where torchrun runs.")
+    nnodes: int = Field(default=1, ge=1, description="Number of machines.")
+    nproc_per_node: int = Field(default=1, ge=1, description="Ranks on each machine: one a GPU.")
 
     @property
     def world_size(self) -> int:
@@ -38,7 +38,7 @@ class Stage(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", description="Names the stage's directory in the store.")
     entry: Literal["pretrain", "finetune", "mpo"] = Field(description="Entry point of the trainer.")
     arguments: dict[str, Any] = Field(description="Arguments of the trainer, by the names of its command line.")
-    launcher: Launcher = Field(default_factory=Launcher, description="Processes of this stage.")
+    launcher: Launcher = Field(default=Launcher(), description="Processes of this stage.")
     start_from: str | None = Field(
         None,
         description="URI of the checkpoint whose weights the stage starts from; 'previous' for the stage before. "

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from internvl_core.errors import InternVLError
 from tasks.launch import RunningStage, launch_stage
 from tasks.stage import Stage
 from tasks.stage_plan import StagePlan, plan_stage
-from tasks.track_run import RunTracker
+from tasks.track_run import RunStatus, RunTracker
 from tasks.trained_stage import TrainedStage
 
 PROGRESS_INTERVAL_S = 4.0
@@ -65,9 +66,7 @@ def train_stage(
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
     handover = None if is_fresh else store.find_handover()
-    if handover is not None:
-        return _find_trained(stage, *handover, attempts_dir)
-    attempt_dir = _make_attempt_dir(attempts_dir)
+    attempt_dir = attempts_dir if handover is not None else _make_attempt_dir(attempts_dir)
     tracker.start_stage(
         stage.name,
         key=f"{stage.name}-{plan.fingerprint}" + (f"-{uuid.uuid4().hex[:8]}" if is_fresh else ""),
@@ -75,7 +74,13 @@ def train_stage(
         tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store.uri},
         metrics_path=attempt_dir / METRICS_FILE,
     )
-    status = "FAILED"
+    if handover is not None:
+        trained = _find_trained(stage, *handover, attempts_dir)
+        tracker.finish_stage(
+            stage.name, metrics=trained.result.metrics, status="FINISHED", tags={"internvl.skipped": "true"}
+        )
+        return trained
+    status: RunStatus = "FAILED"
     metrics: Mapping[str, float] = {}
     try:
         result = _run_attempt(plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh)
@@ -90,14 +95,13 @@ def train_stage(
     return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
 
 
-def _find_trained(
-    stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path
-) -> TrainedStage:
+def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path) -> TrainedStage:
     get_run_logger().info("%s: skipped, nothing it depends on has changed: %s", stage.name, checkpoint.uri)
     metrics_path = attempts_dir / METRICS_FILE
     metrics_path.parent.mkdir(parents=True, exist_ok=True)
     metrics_path.write_bytes(read_file(checkpoint, METRICS_FILE))
-    return TrainedStage(stage.name, StageResult.from_json(result), is_skipped=True, metrics_path=metrics_path)
+    stage_result = StageResult.from_json({**result, "checkpoint": asdict(checkpoint)})
+    return TrainedStage(stage.name, stage_result, is_skipped=True, metrics_path=metrics_path)
 
 
 def _make_attempt_dir(attempts_dir: Path) -> Path:

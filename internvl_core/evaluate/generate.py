@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import GenerationMixin
 
 from internvl_core.arguments import Arguments
 from internvl_core.data.collate import PromptCollator
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 END_OF_TURN = "<|im_end|>"
 
 
-def evaluate_held_out(model: nn.Module, encoding: Encoding, arguments: Arguments) -> dict[str, float]:
+def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arguments) -> dict[str, float]:
     """Score the model on the held-out meta file by exact match.
 
     Every rank answers each `world_size`-th question; all return the same scores.
@@ -41,7 +41,7 @@ def evaluate_held_out(model: nn.Module, encoding: Encoding, arguments: Arguments
 
 
 def _iter_answers(
-    model: nn.Module, encoding: Encoding, questions: list[Question], arguments: Arguments
+    model: GenerationMixin, encoding: Encoding, questions: list[Question], arguments: Arguments
 ) -> Iterator[str]:
     model.eval()
     tokenizer = encoding.tokenizer

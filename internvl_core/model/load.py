@@ -160,8 +160,9 @@ def _load_merged_adapter(path: Path, cache_dir: Path, dtype: torch.dtype) -> Loa
 def _check_settings(config: InternVLConfig, data_arguments: DataTrainingArguments, *, source: str) -> None:
     problems = []
     if config.downsample_ratio != data_arguments.down_sample_ratio:
-        problems.append(f"down_sample_ratio: {data_arguments.down_sample_ratio}, but the model has "
-                        f"{config.downsample_ratio}.")
+        problems.append(
+            f"down_sample_ratio: {data_arguments.down_sample_ratio}, but the model has {config.downsample_ratio}."
+        )
     tile_size = config.vision_config.image_size[0]
     if tile_size != data_arguments.force_image_size:
         problems.append(

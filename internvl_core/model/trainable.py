@@ -68,7 +68,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
     Not reentrant: the reentrant kind gives no gradient to layers whose input needs none (F10).
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _unfreeze_layers(layers: nn.ModuleList, first: int) -> None:
@@ -106,7 +106,8 @@ def _add_adapters(model: InternVLForTraining, arguments: ModelArguments) -> nn.M
     )
     if not any(re.fullmatch(config.target_modules, name) for name, _ in model.named_modules()):
         raise ArgumentError(f"use_llm_lora: no module of this model matches the LoRA targets {sorted(ranks)}.")
-    return get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -7,7 +7,7 @@ finished when a handover names it together with its result.
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ class Committed:
     checkpoint: CheckpointRef
     kind: CheckpointKind
     step: int
+    counters: dict[str, int]
     path: Path
 
 
@@ -62,11 +63,20 @@ class StageCommits:
             except CheckpointCorrupt as error:
                 logger.warning("Passed over a checkpoint: %s", error)
                 continue
-            return Committed(checkpoint, manifest.kind, manifest.step, path)
+            return Committed(checkpoint, manifest.kind, manifest.step, manifest.info["counters"], path)
         return None
 
-    def publish(self, directory: Path, step: int, kind: CheckpointKind) -> CheckpointRef:
-        """Commit a directory, with the loss curve up to here beside the weights."""
+    def publish(
+        self, directory: Path, step: int, kind: CheckpointKind, counters: Mapping[str, int] | None = None
+    ) -> CheckpointRef:
+        """Commit a directory, with the loss curve up to here beside the weights.
+
+        Args:
+            directory: what to commit; not to be changed afterwards.
+            step: updates that its weights have seen.
+            kind: to resume from, or the stage's final weights.
+            counters: of the finished training, for an evaluation that has to be done again.
+        """
         if self._fence is None:
             self._fence = self._store.next_fence()
         if self._metrics.path.exists():
@@ -78,14 +88,15 @@ class StageCommits:
             fence=self._fence,
             kind=kind,
             parent=self._stage.start_from,
-            info={**self._info, "time": time.time()},
+            info={**self._info, "counters": dict(counters or {}), "time": time.time()},
         )
         logger.info("Committed step %d (%s) in %.1f s: %s", step, kind, time.monotonic() - started, checkpoint.uri)
         return checkpoint
 
     def hand_over(self, result: StageResult) -> None:
         """Declare the stage finished."""
-        self._store.hand_over(result.checkpoint, asdict(result))
+        report = {name: value for name, value in asdict(result).items() if name != "checkpoint"}
+        self._store.hand_over(result.checkpoint, report)
 
     def _iter_checkpoints(self) -> Iterator[CheckpointRef]:
         for commit in self._store.list_committed():

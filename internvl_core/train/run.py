@@ -9,12 +9,10 @@ import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import set_seed
 
 from internvl_core.argument_rules import check_arguments
@@ -48,7 +46,7 @@ def main(entry: str, stop_request: StopRequest) -> None:
         attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
         check_arguments(arguments.to_values(), entry=entry)
         StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request).run()
-    except BaseException as error:  # the outermost frame: whatever happened is told to the task
+    except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
         _report_failure(error, attempt_dir)
 
 
@@ -71,7 +69,7 @@ class StageRun:
         self._output_dir = Path(training.output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._cache_dir = Path(arguments.extension.cache_dir).expanduser()
-        directory = Path(arguments.extension.attempt_dir) if stage else self._output_dir
+        directory = Path(arguments.extension.attempt_dir or self._output_dir)
         self._directory = directory
         self._metrics = MetricsFile(directory / METRICS_FILE)
         self._commits = (
@@ -86,7 +84,8 @@ class StageRun:
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
             loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir)
-            trained, final, step, counters = loaded.model, newest.checkpoint, newest.step, {}
+            trained, step, counters = loaded.model, newest.step, newest.counters
+            final: CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
             trainer = self._train(loaded, newest)
@@ -177,7 +176,9 @@ class StageRun:
             return None
         if (final_dir / ADAPTER_FILE).exists() and self._stage is not None and self._stage.start_from is not None:
             write_base(final_dir, self._stage.start_from)
-        return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL)
+        return self._commits.publish(
+            final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=_count(trainer)
+        )
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
@@ -217,8 +218,9 @@ def _settle(arguments: Arguments) -> None:
     # A NaN must be seen, not replaced in the running mean (F7).
     training.logging_nan_inf_filter = False
     training.include_num_input_tokens_seen = "non_padding"
-    # Recomputation is switched on for both towers by `grad_checkpoint`.
-    training.gradient_checkpointing = False
+    # Trainer would switch it on a second time, in the reentrant kind.
+    arguments.model.grad_checkpoint |= bool(training.activation_checkpointing)
+    training.activation_checkpointing = False
     if training.ddp_find_unused_parameters is None:
         # The layers behind an earlier selected one get no gradient.
         training.ddp_find_unused_parameters = arguments.model.vision_select_layer != -1

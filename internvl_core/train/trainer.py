@@ -34,10 +34,12 @@ class InternVLTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Sample] | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, SupervisedDataset):
-            return super()._get_train_sampler(train_dataset)
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
         # Trainer would decode every image of the dataset to learn its length.
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=dataset.lengths)
+        grouped: Sampler[int] = LengthGroupedSampler(batch_size, lengths=dataset.lengths)
+        return grouped
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay every tensor as the original does (F12), or all but biases and norms as Hugging Face does."""

@@ -1,0 +1,229 @@
+"""The four stages, as a user runs them: `internvl run`, real torchrun with two ranks, real Prefect, real MLflow."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from internvl_core.checkpoint.store import StageStore
+
+pytestmark = pytest.mark.e2e
+
+STEPS = {"stage1": 4, "stage1.5": 4, "stage2": 6, "finetune": 4}
+SMALLER = [
+    *(f"stages.{stage}.arguments.max_steps={steps}" for stage, steps in STEPS.items()),
+    *(f"stages.{stage}.arguments.warmup_steps=0" for stage in STEPS),
+    *(f"stages.{stage}.arguments.logging_steps=1" for stage in STEPS),
+    "stages.stage2.gate.at_least=0.0",
+    "stages.finetune.gate.at_least=0.0",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished `internvl run`."""
+
+    returncode: int
+    output: str
+    workspace: Path
+
+
+def build_command(workspace: Path, *options: str) -> list[str]:
+    settings = [f"workspace={workspace}", *SMALLER]
+    command = [sys.executable, "-m", "flows.cli", "run", "smoke"]
+    return [*command, *(item for setting in settings for item in ("--set", setting)), *options]
+
+
+def run_smoke(workspace: Path, *options: str, **environment: str) -> Run:
+    completed = subprocess.run(
+        build_command(workspace, *options),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=420,
+        check=False,
+    )
+    return Run(completed.returncode, completed.stdout, workspace)
+
+
+def find_checkpoint(workspace: Path, stage: str) -> Path:
+    """Find the final weights of a stage, by its handover and not by a name."""
+    (directory,) = (workspace / "store").glob(f"{stage}-*")
+    found = StageStore(f"file://{workspace}/store", stage, directory.name.removeprefix(f"{stage}-")).find_handover()
+    assert found is not None
+    return Path(found[0].uri.removeprefix("file://"))
+
+
+def list_processes(marker: str) -> list[int]:
+    """List living processes whose command line or environment holds a marker."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if marker.encode() in text and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: object, *, deadline_s: float, message: str) -> None:
+    assert callable(condition)
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, message
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the runs a Prefect database of their own, and no server from outside."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+    patch.delenv("PREFECT_API_URL", raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = run_smoke(tmp_path_factory.mktemp("smoke"))
+    assert run.returncode == 0, run.output
+    return run
+
+
+def test_the_four_stages_run_and_are_shown_in_a_table(finished: Run) -> None:
+    for stage, steps in STEPS.items():
+        assert re.search(rf"{stage} +trained +{steps} ", finished.output), finished.output
+    assert (finished.workspace / "report.html").read_text().count("<svg") >= 2
+    assert "prefect server start" in finished.output
+    assert "mlflow ui" in finished.output
+
+
+def test_each_stage_changes_exactly_the_parts_that_its_flags_leave_free(finished: Run) -> None:
+    def changed(before: dict[str, object], after: dict[str, object]) -> set[str]:
+        assert before.keys() == after.keys()
+        return {name for name in after if not before[name].equal(after[name])}  # type: ignore[attr-defined]
+
+    def part(weights: dict[str, object], *prefixes: str) -> set[str]:
+        return {name for name in weights if name.startswith(prefixes)}
+
+    vision, projector = "model.vision_tower.", "model.multi_modal_projector."
+    stage1, stage15, stage2 = (
+        load_file(find_checkpoint(finished.workspace, stage) / "model.safetensors")
+        for stage in ("stage1", "stage1.5", "stage2")
+    )
+    component = load_file(finished.workspace / "components/vision/model.safetensors")
+    assert not changed(component, {name.removeprefix(vision): stage1[name] for name in part(stage1, vision)})
+    llm = load_file(finished.workspace / "components/llm/model.safetensors")
+    layers = {name: tensor for name, tensor in llm.items() if ".layers." in name}
+    assert layers
+    for name, tensor in layers.items():
+        assert stage1[name.replace("model.", "model.language_model.", 1)].equal(tensor)
+
+    assert changed(stage1, stage15) == part(stage1, vision, projector)
+    assert changed(stage15, stage2) == stage2.keys()
+
+
+def test_a_lora_finetune_commits_adapters_of_the_language_model_and_their_base(finished: Run) -> None:
+    finetuned = find_checkpoint(finished.workspace, "finetune")
+    adapter = load_file(finetuned / "adapter_model.safetensors")
+    assert adapter
+    assert all(".language_model." in name and ".lora_" in name for name in adapter)
+    config = json.loads((finetuned / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 2 * config["r"] == 32
+    base = json.loads((finetuned / "base_checkpoint.json").read_text())
+    assert base["uri"] == f"file://{find_checkpoint(finished.workspace, 'stage2')}"
+
+
+def test_mlflow_has_a_parent_run_and_a_child_with_curve_and_scores_for_each_stage(finished: Run) -> None:
+    client = MlflowClient(f"sqlite:///{finished.workspace}/mlflow.db")
+    experiment = client.get_experiment_by_name("smoke")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    children = {name: run for name, run in runs.items() if "mlflow.parentRunId" in run.data.tags}
+    assert children.keys() == STEPS.keys()
+    (parent,) = (run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    for stage, run in children.items():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == "FINISHED"
+        curve = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in curve] == list(range(1, STEPS[stage] + 1))
+        assert 0 <= run.data.metrics["accuracy"] <= 1
+        assert run.data.params["max_steps"] == str(STEPS[stage])
+
+
+def test_a_second_run_skips_every_stage_and_shows_the_same_results(finished: Run) -> None:
+    again = run_smoke(finished.workspace)
+    assert again.returncode == 0, again.output
+    for stage in STEPS:
+        assert f"{stage}: skipped, nothing it depends on has changed" in again.output
+    assert not any((finished.workspace / "attempts").glob("*/2")), "an attempt was started"
+
+
+def test_a_flipped_byte_in_a_checkpoint_stops_the_next_stage(finished: Run, tmp_path: Path) -> None:
+    workspace = tmp_path / "copy"
+    shutil.copytree(finished.workspace, workspace)
+    weights = find_checkpoint(workspace, "stage2") / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    run = run_smoke(workspace, "--set", "stages.finetune.arguments.learning_rate=0.002")
+    assert run.returncode == 80, run.output
+    assert "CheckpointCorrupt" in run.output
+    assert "model.safetensors" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_killing_the_flow_leaves_no_trainer_and_the_next_run_resumes(finished: Run, tmp_path: Path) -> None:
+    long = ("--set", "stages.stage1.arguments.max_steps=2000", "--set", "stages.stage1.arguments.seed=7")
+    shutil.copytree(finished.workspace / "data", tmp_path / "data")
+    shutil.copytree(finished.workspace / "components", tmp_path / "components")
+    process = subprocess.Popen(
+        build_command(tmp_path, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    metrics = lambda: list((tmp_path / "attempts").glob("stage1-*/1/metrics.jsonl"))  # noqa: E731
+    wait_until(metrics, deadline_s=120, message="training did not begin")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    trainers = lambda: not list_processes(f"--attempt_dir={tmp_path}")  # noqa: E731
+    wait_until(trainers, deadline_s=60, message="trainers outlived their flow")
+    commits = list((tmp_path / "store").glob("stage1-*/commits/*.json"))
+    assert len(commits) == 1, "the stop did not commit"
+
+    process = subprocess.Popen(
+        build_command(tmp_path, *long), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    second = tmp_path / "attempts"
+    logs = lambda: [p for p in second.glob("stage1-*/2/trainer.log") if "Resuming from step" in p.read_text()]  # noqa: E731
+    wait_until(logs, deadline_s=120, message="the second attempt did not resume")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    wait_until(trainers, deadline_s=30, message="trainers outlived Ctrl-C")
+
+
+@pytest.mark.integration
+def test_the_pipeline_runs_on_s3(finished: Run, tmp_path: Path, s3_bucket_uri: str) -> None:
+    shutil.copytree(finished.workspace / "data", tmp_path / "data")
+    shutil.copytree(finished.workspace / "components", tmp_path / "components")
+    run = run_smoke(tmp_path, "--set", f"store_uri={s3_bucket_uri}/smoke")
+    assert run.returncode == 0, run.output
+    filesystem = fsspec.filesystem("s3", use_listings_cache=False)
+    for stage in STEPS:
+        assert filesystem.glob(f"{s3_bucket_uri}/smoke/{stage}-*/handover/*.json"), run.output
+    assert len(list((tmp_path / "cache").iterdir())) == 3, "each parent is fetched once"
