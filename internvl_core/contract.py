@@ -173,6 +173,8 @@ def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_temporary(directory: Path, body: str) -> str:
     descriptor, name = tempfile.mkstemp(dir=directory, prefix=".writing-")
+    # mkstemp's 0600 would keep a team from reading its own runs.
+    os.fchmod(descriptor, 0o644)
     with os.fdopen(descriptor, "w") as file:
         file.write(body)
         file.flush()

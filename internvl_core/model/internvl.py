@@ -11,16 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
 class InternVLForTraining(InternVLForConditionalGeneration):
     """Native InternVL with drop path, a properly frozen vision tower and a dummy tile."""
-
-    def __init__(self, config: InternVLConfig) -> None:
-        super().__init__(config)
-        # The folder must load with plain transformers, which does not know this class.
-        config.architectures = [InternVLForConditionalGeneration.__name__]
 
     def train(self, mode: bool = True) -> "InternVLForTraining":
         """Switch the mode, but keep a vision tower of which nothing learns in evaluation mode.
@@ -54,6 +50,12 @@ class InternVLForTraining(InternVLForConditionalGeneration):
         tile = torch.zeros(1, self.config.vision_config.num_channels, height, width, device=self.device)
         features: Tensor = self.get_image_features(pixel_values=tile, return_dict=True).pooler_output
         return features
+
+
+# Saved folders must load with plain transformers: it writes the class's name into config.json, and
+# renames the weights to the published layout only for classes of its own or of a registered type.
+InternVLForTraining.__name__ = InternVLForConditionalGeneration.__name__
+register_checkpoint_conversion_mapping("internvl", get_checkpoint_conversion_mapping("internvl"), overwrite=True)
 
 
 def add_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:

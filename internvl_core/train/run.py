@@ -228,6 +228,7 @@ def _settle(arguments: Arguments) -> None:
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:
     return {
+        "samples": trainer.state.global_step * trainer.get_total_train_batch_size(trainer.args),
         "trainable_parameters": count_trainable(trainer.model),
         "total_parameters": count_parameters(trainer.model),
         "tokens": int(trainer.state.num_input_tokens_seen),

@@ -123,7 +123,7 @@ def test_each_stage_changes_exactly_the_parts_that_its_flags_leave_free(finished
     def part(weights: dict[str, object], *prefixes: str) -> set[str]:
         return {name for name in weights if name.startswith(prefixes)}
 
-    vision, projector = "model.vision_tower.", "model.multi_modal_projector."
+    vision, projector = "vision_tower.", "multi_modal_projector."
     stage1, stage15, stage2 = (
         load_file(find_checkpoint(finished.workspace, stage) / "model.safetensors")
         for stage in ("stage1", "stage1.5", "stage2")
@@ -134,7 +134,7 @@ def test_each_stage_changes_exactly_the_parts_that_its_flags_leave_free(finished
     layers = {name: tensor for name, tensor in llm.items() if ".layers." in name}
     assert layers
     for name, tensor in layers.items():
-        assert stage1[name.replace("model.", "model.language_model.", 1)].equal(tensor)
+        assert stage1[f"language_model.{name}"].equal(tensor)
 
     assert changed(stage1, stage15) == part(stage1, vision, projector)
     assert changed(stage15, stage2) == stage2.keys()
@@ -151,6 +151,8 @@ def test_a_lora_finetune_commits_adapters_of_the_language_model_and_their_base(f
     assert base["uri"] == f"file://{find_checkpoint(finished.workspace, 'stage2')}"
 
 
+# MLflow's own mappers, with SQLAlchemy 2.1.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 def test_mlflow_has_a_parent_run_and_a_child_with_curve_and_scores_for_each_stage(finished: Run) -> None:
     client = MlflowClient(f"sqlite:///{finished.workspace}/mlflow.db")
     experiment = client.get_experiment_by_name("smoke")
