@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +82,7 @@ def list_processes(marker: str) -> list[int]:
     return found
 
 
-def wait_until(condition: object, *, deadline_s: float, message: str) -> None:
-    assert callable(condition)
+def wait_until(condition: Callable[[], bool], *, deadline_s: float, message: str) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, message
@@ -192,31 +191,41 @@ def test_a_flipped_byte_in_a_checkpoint_stops_the_next_stage(finished: Run, tmp_
     assert "Traceback" not in run.output
 
 
+def start_smoke(workspace: Path, *options: str) -> subprocess.Popen[bytes]:
+    with (workspace / "output.log").open("ab") as log:
+        return subprocess.Popen(
+            build_command(workspace, *options), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 def test_killing_the_flow_leaves_no_trainer_and_the_next_run_resumes(finished: Run, tmp_path: Path) -> None:
     long = ("--set", "stages.stage1.arguments.max_steps=2000", "--set", "stages.stage1.arguments.seed=7")
     shutil.copytree(finished.workspace / "data", tmp_path / "data")
     shutil.copytree(finished.workspace / "components", tmp_path / "components")
-    process = subprocess.Popen(
-        build_command(tmp_path, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    metrics = lambda: list((tmp_path / "attempts").glob("stage1-*/1/metrics.jsonl"))  # noqa: E731
-    wait_until(metrics, deadline_s=120, message="training did not begin")
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    trainers = lambda: not list_processes(f"--attempt_dir={tmp_path}")  # noqa: E731
-    wait_until(trainers, deadline_s=60, message="trainers outlived their flow")
-    commits = list((tmp_path / "store").glob("stage1-*/commits/*.json"))
-    assert len(commits) == 1, "the stop did not commit"
 
-    process = subprocess.Popen(
-        build_command(tmp_path, *long), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    second = tmp_path / "attempts"
-    logs = lambda: [p for p in second.glob("stage1-*/2/trainer.log") if "Resuming from step" in p.read_text()]  # noqa: E731
-    wait_until(logs, deadline_s=120, message="the second attempt did not resume")
-    os.kill(process.pid, signal.SIGINT)
+    def has_begun() -> bool:
+        return any((tmp_path / "attempts").glob("stage1-*/1/metrics.jsonl"))
+
+    def has_resumed() -> bool:
+        logs = (tmp_path / "attempts").glob("stage1-*/2/trainer.log")
+        return any("Resuming from step" in log.read_text() for log in logs)
+
+    def no_trainer_lives() -> bool:
+        return not list_processes(f"--attempt_dir={tmp_path}")
+
+    process = start_smoke(tmp_path, *long)
+    wait_until(has_begun, deadline_s=120, message="training did not begin")
+    process.kill()
+    process.wait()
+    wait_until(no_trainer_lives, deadline_s=60, message="trainers outlived their flow")
+    assert len(list((tmp_path / "store").glob("stage1-*/commits/*.json"))) == 1, "the stop did not commit"
+
+    process = start_smoke(tmp_path, *long)
+    wait_until(has_resumed, deadline_s=120, message="the second attempt did not resume")
+    process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    wait_until(trainers, deadline_s=30, message="trainers outlived Ctrl-C")
+    wait_until(no_trainer_lives, deadline_s=30, message="trainers outlived Ctrl-C")
+    assert "Traceback" not in (tmp_path / "output.log").read_text()
 
 
 @pytest.mark.integration
