@@ -1,19 +1,22 @@
 """The `internvl` command. Imports late: `internvl --help` must not wait for Prefect."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvl_core.errors import InternVLError
+from internvl_core.errors import ArgumentError, InternVLError
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
     from flows.stages import RecipeResult
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+INTERRUPTED = 130
 
 QUIET_PREFECT = {
     "PREFECT_LOGGING_LEVEL": "INFO",
@@ -35,13 +38,14 @@ def run(
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Train every stage again, even those that are finished.")] = False,
     start_from: Annotated[
-        str | None, typer.Option(help="URI of the checkpoint to start from.")
+        str | None, typer.Option(help="URI of the committed checkpoint that the first stage starts from.")
     ] = None,
 ) -> None:
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
-    from flows.recipe import load_recipe, parse_overrides
+    from flows.overrides import parse_overrides
+    from flows.recipe import load_recipe
 
     overrides = parse_overrides(override or [])
     if start_from is not None:
@@ -49,11 +53,12 @@ def run(
     # Refuse a wrong recipe before a server is started for it.
     loaded = load_recipe(recipe, overrides)
 
-    from flows.console import quiet_prefect
+    from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
 
     quiet_prefect()
+    check_server()
     flow = pretrain if loaded.flow == "pretrain" else finetune
     _print_result(flow(recipe, overrides=overrides, is_fresh=fresh))
 
@@ -73,7 +78,8 @@ def check(
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value.")] = None,
 ) -> None:
     """Check a recipe and the arguments of all its stages; needs no GPU and starts nothing."""
-    from flows.recipe import load_recipe, parse_overrides
+    from flows.overrides import parse_overrides
+    from flows.recipe import load_recipe
     from tasks.check_inputs import check_stage_arguments
 
     loaded = load_recipe(recipe, parse_overrides(override or []))
@@ -84,15 +90,17 @@ def check(
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
     try:
-        app(standalone_mode=False)
+        # Typer catches Ctrl-C and returns its exit code.
+        exit_code = app(standalone_mode=False)
     except InternVLError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except typer.TyperException as error:
+        typer.echo(f"internvl: {str(error).rstrip('.')}. See internvl --help.", err=True)
+        sys.exit(ArgumentError.exit_code)
+    if exit_code == INTERRUPTED:
         typer.echo("Stopped.", err=True)
-        sys.exit(130)
+    sys.exit(exit_code)
 
 
 def _print_result(result: "RecipeResult") -> None:
@@ -112,20 +120,21 @@ def _print_result(result: "RecipeResult") -> None:
 
 
 def _ui_commands(recipe: "Recipe") -> dict[str, str]:
-    """Name the commands that open the UIs on what just ran."""
+    """Name the commands that open the UIs on what just ran, ready to be pasted into a shell."""
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
     bin_dir = Path(sys.executable).parent
-    commands = {}
-    if "PREFECT_API_URL" in os.environ:
-        commands["Prefect UI"] = os.environ["PREFECT_API_URL"].removesuffix("/api")
+    if settings.api.url:
+        prefect_ui = settings.api.url.rstrip("/").removesuffix("/api")
     else:
-        home = f"PREFECT_HOME={os.environ['PREFECT_HOME']} " if "PREFECT_HOME" in os.environ else ""
-        commands["Prefect UI"] = f"{home}{bin_dir}/prefect server start    then http://127.0.0.1:4200/v2/runs"
-    commands["MLflow UI"] = (
-        recipe.tracking
-        if recipe.tracking.startswith("http")
-        else f"{bin_dir}/mlflow ui --workers 1 --backend-store-uri {recipe.tracking}    then http://127.0.0.1:5000"
-    )
-    return commands
+        # The embedded server's database is in Prefect's home: the server must look there too.
+        server = shlex.join(["env", f"PREFECT_HOME={settings.home}", f"{bin_dir}/prefect", "server", "start"])
+        prefect_ui = f"{server}    then http://127.0.0.1:4200/v2/runs"
+    if recipe.tracking.startswith(("http://", "https://")):
+        return {"Prefect UI": prefect_ui, "MLflow UI": recipe.tracking}
+    mlflow = shlex.join([f"{bin_dir}/mlflow", "ui", "--workers", "1", "--backend-store-uri", recipe.tracking])
+    return {"Prefect UI": prefect_ui, "MLflow UI": f"{mlflow}    then http://127.0.0.1:5000"}
 
 
 if __name__ == "__main__":

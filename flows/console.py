@@ -6,9 +6,11 @@ the console and in the UI alike. Any other exception keeps its stack.
 
 import logging
 
+from prefect.client.orchestration import get_client
 from prefect.logging.configuration import setup_logging
+from prefect.settings import get_current_settings
 
-from internvl_core.errors import InternVLError
+from internvl_core.errors import ArgumentError, InternVLError
 
 _RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 _BOOKKEEPING = (
@@ -22,13 +24,36 @@ _BOOKKEEPING = (
 
 
 def quiet_prefect() -> None:
-    """Filter the run loggers of this process."""
+    """Filter what this process shows of its runs' logs."""
     # Prefect would do it at the first run, and make handlers that this function could not see.
     setup_logging()
-    for name in _RUN_LOGGERS:
-        logging.getLogger(name).addFilter(_drop_known_stack)
+    shorten_errors()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_for_people)
+
+
+def shorten_errors() -> None:
+    """Log our own errors as one line in this process, wherever it logs to; safe to repeat."""
+    for name in _RUN_LOGGERS:
+        logging.getLogger(name).addFilter(_drop_known_stack)
+
+
+def check_server() -> None:
+    """Ask the Prefect server that the settings name, if they name one, whether it is there.
+
+    Raises:
+        ArgumentError: it does not answer.
+    """
+    url = get_current_settings().api.url
+    if url is None:
+        return
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise ArgumentError(
+            f"PREFECT_API_URL: {url} does not answer as a Prefect server ({error}). Start it, or unset "
+            "PREFECT_API_URL to run on the embedded one."
+        )
 
 
 def _drop_known_stack(record: logging.LogRecord) -> bool:

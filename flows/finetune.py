@@ -5,10 +5,10 @@ from typing import Any
 from prefect import flow
 
 from flows.recipe import load_recipe
-from flows.stages import RecipeResult, run_stages
+from flows.stages import RecipeResult, name_run, run_stages
 
 
-@flow(name="finetune", flow_run_name="{recipe}", validate_parameters=False)
+@flow(name="finetune", flow_run_name=name_run)
 def finetune(
     recipe: str, start_from: str | None = None, overrides: dict[str, Any] | None = None, is_fresh: bool = False
 ) -> RecipeResult:

@@ -5,10 +5,10 @@ from typing import Any
 from prefect import flow
 
 from flows.recipe import load_recipe
-from flows.stages import RecipeResult, run_stages
+from flows.stages import RecipeResult, name_run, run_stages
 
 
-@flow(name="pretrain", flow_run_name="{recipe}", validate_parameters=False)
+@flow(name="pretrain", flow_run_name=name_run)
 def pretrain(recipe: str = "smoke", overrides: dict[str, Any] | None = None, is_fresh: bool = False) -> RecipeResult:
     """Train all stages of a recipe, each from the checkpoint of the one before.
 

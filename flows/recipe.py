@@ -1,18 +1,20 @@
 """Recipes: an ordered list of stages, read from YAML, with overrides, and refused early when wrong."""
 
-import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from flows.overrides import STAGES, apply_override, tell_nearest
+from flows.strict_yaml import parse_yaml
 from internvl_core.errors import ArgumentError
-from tasks.stage import PREVIOUS, Launcher, Stage
+from tasks.stage import PREVIOUS, Gate, Launcher, Stage
 
 SHIPPED = resources.files("flows") / "recipes"
+_SHOWN_CHARACTERS = 60
 
 
 class Recipe(BaseModel):
@@ -24,7 +26,9 @@ class Recipe(BaseModel):
     description: str = Field("", description="What it is for, in a sentence.")
     flow: Literal["pretrain", "finetune"] = Field("pretrain", description="Flow that runs it.")
     workspace: str = Field(
-        description="Local directory for attempts, caches and the report. `{workspace}` in any argument stands for it."
+        min_length=1,
+        description="Local directory for attempts, caches and the report, made if need be; a relative one starts at "
+        "the current directory. `{workspace}` in any argument stands for it.",
     )
     store_uri: str | None = Field(None, description="fsspec URI for checkpoints; default: `store` in the workspace.")
     tracking_uri: str | None = Field(None, description="MLflow; default: an SQLite file in the workspace.")
@@ -32,41 +36,48 @@ class Recipe(BaseModel):
     start_from: str | None = Field(None, description="Checkpoint URI that the first stage starts from.")
     launcher: Launcher = Field(default=Launcher(), description="Processes of every stage that says no other.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Arguments common to all stages.")
+    retry_delays_s: list[Annotated[float, Field(ge=0)]] = Field(
+        default=[10, 60],
+        max_length=10,
+        description="Seconds before each further try of a stage that failed in a way a retry can help; none: no retry.",
+    )
     stages: list[Stage] = Field(min_length=1, description="Stages, in order.")
 
     @model_validator(mode="before")
     @classmethod
     def _share_defaults(cls, content: Any) -> Any:
         """Fill each stage with the recipe's launcher and arguments, and put the workspace's path in."""
-        if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
+        if not isinstance(content, dict):
             return content
-        workspace = str(Path(content.get("workspace", ".")).absolute())
-        stages = [
-            {
-                "launcher": content.get("launcher", {}),
-                **stage,
-                "arguments": {**content.get("arguments", {}), **stage.get("arguments", {})},
-            }
-            if isinstance(stage, dict)
-            else stage
-            for stage in content["stages"]
-        ]
-        return _fill_workspace({**content, "workspace": workspace, "stages": stages}, workspace)
+        shared = dict(content)
+        workspace = content.get("workspace")
+        if isinstance(workspace, str) and workspace:
+            shared["workspace"] = str(Path(workspace).expanduser().absolute())
+            shared = _fill_workspace(shared, shared["workspace"])
+        if isinstance(shared.get(STAGES), list):
+            shared[STAGES] = [_share(shared, stage) for stage in shared[STAGES]]
+        return shared
 
     @model_validator(mode="after")
-    def _check_order(self) -> Self:
+    def _check_start(self) -> Self:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"stage names must differ, but are {names}")
+            raise ValueError(f"stages: names must differ, but are {', '.join(names)}.")
         first = self.stages[0]
-        if self.start_from is None and first.start_from in (None, PREVIOUS) and not first.brings_own_weights:
+        has_own_start = first.brings_own_weights or first.start_from not in (None, PREVIOUS)
+        if self.start_from is None and not has_own_start:
             raise ValueError(
-                f"stage {first.name} has nothing to start from: give vision_path and llm_path, "
-                "model_name_or_path, or start_from"
+                f"stages.{first.name}: has nothing to start from. Give it vision_path and llm_path, or "
+                "model_name_or_path, or give the recipe start_from."
+            )
+        if self.start_from is not None and has_own_start:
+            raise ValueError(
+                f"start_from: {self.start_from} would be ignored, for stages.{first.name} names its own start. "
+                "Leave one out."
             )
         for stage in self.stages:
             if stage.brings_own_weights and stage.start_from is not None:
-                raise ValueError(f"stage {stage.name} names both start_from and a model of its own: give one")
+                raise ValueError(f"stages.{stage.name}: names both start_from and a model of its own. Give one.")
         return self
 
     @property
@@ -97,87 +108,47 @@ def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Reci
     Raises:
         ArgumentError: no such recipe, or all that is wrong with it, one problem a line.
     """
-    content, where = _read_yaml(source)
+    where = f"recipe {source}"
+    content = parse_yaml(_read_text(source), where=where)
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{where}: should be a mapping with name, workspace and stages.")
     for path, value in (overrides or {}).items():
-        _set(content, path, value)
+        apply_override(content, path, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = [f"{where}: {_place(problem['loc'], content)}{problem['msg']}" for problem in error.errors()]
-        raise ArgumentError("\n".join(lines)) from None
+        problems = error.errors()
+    places = {problem["loc"] for problem in problems}
+    # What is wrong in the recipe's defaults is wrong in each stage that has them: said once.
+    own = [problem for problem in problems if problem["loc"][0:1] != (STAGES,) or problem["loc"][2:] not in places]
+    raise ArgumentError("\n".join(f"{where}: {_describe(problem, content)}" for problem in own))
 
 
-def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """Turn `a.b=c` items into overrides; the value is read as YAML."""
-    overrides = {}
-    for item in items:
-        path, separator, text = item.partition("=")
-        if not separator or not path:
-            raise ArgumentError(f"--set {item}: should be a.b=value, such as stages.stage2.arguments.max_steps=100.")
-        try:
-            overrides[path] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ArgumentError(f"--set {item}: the value is not YAML ({error}).") from None
-    return overrides
-
-
-def _read_yaml(source: str) -> tuple[dict[str, Any], str]:
-    path = Path(source)
+def _read_text(source: str) -> str:
     if source in list_recipes():
-        text = (SHIPPED / f"{source}.yaml").read_text()
-    elif path.is_file():
-        text = path.read_text()
-    else:
-        raise ArgumentError(
-            f"recipe {source}: neither a file nor one of the shipped ones: {', '.join(list_recipes())}."
-        )
+        return (SHIPPED / f"{source}.yaml").read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"recipe {source}: not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ArgumentError(f"recipe {source}: should be a mapping with name, workspace and stages.")
-    return content, f"recipe {source}"
-
-
-def _set(target: Any, path: str, value: Any, *, whole_path: str | None = None) -> None:
-    whole_path = whole_path or path
-    if isinstance(target, list):
-        name = _find_stage_name(target, path, whole_path=whole_path)
-        stage = next(item for item in target if item.get("name") == name)
-        _set(stage, path.removeprefix(f"{name}."), value, whole_path=whole_path)
-    elif not isinstance(target, dict):
-        raise ArgumentError(f"--set {whole_path}: there is a value, not keys, before {path}.")
-    elif "." not in path:
-        target[path] = value
-    else:
-        key, _, rest = path.partition(".")
-        _set(target.setdefault(key, {}), rest, value, whole_path=whole_path)
-
-
-def _find_stage_name(stages: list[Any], path: str, *, whole_path: str) -> str:
-    """Find the stage whose name the path begins with; a name may hold dots, as stage1.5 does."""
-    names = [str(item.get("name")) for item in stages if isinstance(item, dict)]
-    found = [name for name in names if path.startswith(f"{name}.")]
-    if not found:
-        wanted = path.partition(".")[0]
+        return Path(source).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        shipped = list_recipes()
         raise ArgumentError(
-            f"--set {whole_path}: no stage named {wanted}{_nearest(wanted, names)}. Stages: {', '.join(names)}."
-        )
-    return max(found, key=len)
+            f"recipe {source}: neither a file nor a shipped recipe{tell_nearest(source, shipped)}. "
+            f"Shipped: {', '.join(shipped)}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"recipe {source}: cannot be read as UTF-8 text: {error}.") from None
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def _place(location: tuple[int | str, ...], content: dict[str, Any]) -> str:
-    """Name the place of a problem as one would in `--set`."""
-    parts = [str(part) for part in location]
-    if len(parts) > 1 and parts[0] == "stages" and parts[1].isdigit():
-        parts[1] = str(content["stages"][int(parts[1])].get("name", parts[1]))
-    return ".".join(parts) + ": " if parts else ""
+def _share(recipe: Mapping[str, Any], stage: Any) -> Any:
+    """Put the recipe's launcher and arguments below the stage's own; what is no mapping is left to the check."""
+    if not isinstance(stage, dict):
+        return stage
+    merged = dict(stage)
+    for name in ("launcher", "arguments"):
+        shared, own = recipe.get(name), stage.get(name)
+        if isinstance(shared or {}, dict) and isinstance(own or {}, dict):
+            merged[name] = {**(shared or {}), **(own or {})}
+    return merged
 
 
 def _fill_workspace(value: Any, workspace: str) -> Any:
@@ -188,3 +159,37 @@ def _fill_workspace(value: Any, workspace: str) -> Any:
     if isinstance(value, list):
         return [_fill_workspace(item, workspace) for item in value]
     return value
+
+
+def _describe(problem: ErrorDetails, content: dict[str, Any]) -> str:
+    """Write a problem as one line, led by its place as one would write it in `--set`."""
+    location = problem["loc"]
+    if problem["type"] == "value_error":
+        place = f"{_tell_place(location, content)}: " if location else ""
+        return f"{place}{problem['ctx']['error']}"
+    place = _tell_place(location, content)
+    known = _find_model(location).model_fields
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: no such key{tell_nearest(str(location[-1]), known)}. Known: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{place}: missing. It is: {known[str(location[-1])].description}"
+    value = repr(problem["input"])
+    shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."
+    return f"{place}: {shown}: {problem['msg']}."
+
+
+def _tell_place(location: tuple[int | str, ...], content: dict[str, Any]) -> str:
+    parts = [str(part) for part in location]
+    if len(parts) > 1 and parts[0] == STAGES:
+        number = int(parts[1])
+        stage = content[STAGES][number]
+        # A stage without a name cannot be addressed: tell its number, from 1.
+        parts[1] = str(stage["name"]) if isinstance(stage, dict) and "name" in stage else f"#{number + 1}"
+    return ".".join(parts)
+
+
+def _find_model(location: tuple[int | str, ...]) -> type[BaseModel]:
+    nested: dict[int | str, type[BaseModel]] = {"launcher": Launcher, "gate": Gate}
+    if len(location) > 1 and location[-2] in nested:
+        return nested[location[-2]]
+    return Stage if location[0:1] == (STAGES,) and len(location) > 1 else Recipe

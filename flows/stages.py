@@ -1,23 +1,31 @@
 """What both flows do: take a recipe's stages in order, each from the checkpoint of the one before."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect.context import FlowRunContext
+from prefect.runtime import flow_run as running_flow
 
+from flows.console import shorten_errors
+from flows.provenance import collect_tags
 from flows.recipe import Recipe
 from internvl_core.checkpoint.store import resolve_checkpoint
 from internvl_core.contract import CheckpointRef
+from internvl_core.errors import ArgumentError
 from tasks.build_smoke_inputs import build_smoke_inputs
 from tasks.check_gate import check_gate
 from tasks.check_inputs import check_inputs, check_stage_arguments
+from tasks.show_stages import show_stages
 from tasks.stage import PREVIOUS, Stage
 from tasks.track_run import RunTracker
 from tasks.train_stage import train_stage
 from tasks.trained_stage import TrainedStage
 from tasks.write_report import write_report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,17 +37,26 @@ class RecipeResult:
     report_path: Path | None = None
 
 
+def name_run() -> str:
+    """Name a flow run after its recipe: `smoke`, or the file's name without folder and ending."""
+    return Path(running_flow.parameters["recipe"]).stem
+
+
 def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
-    """Check everything, then train stage after stage; the report is written however it ends."""
+    """Check everything, then train stage after stage; what was trained is reported however it ends."""
+    # Here and not only in the command: a worker runs the flow without it.
+    shorten_errors()
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
+    _make_workspace(recipe.directory)
     if recipe.smoke_inputs:
         build_smoke_inputs(recipe.directory)
-    check_inputs(recipe.stages, recipe.store)
+    check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
+    train = train_stage.with_options(retries=len(recipe.retry_delays_s), retry_delay_seconds=recipe.retry_delays_s or 0)
     result = RecipeResult(recipe)
     checkpoint = resolve_checkpoint(recipe.start_from) if recipe.start_from else None
-    with _track(recipe) as tracker, _report(result):
+    with _track(recipe) as tracker, _report(result, tracker):
         for stage in recipe.stages:
-            trained = train_stage(
+            trained = train(
                 stage,
                 start_from=_find_start(stage, checkpoint),
                 workspace=recipe.directory,
@@ -51,6 +68,13 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
             check_gate(trained, stage.gate)
             checkpoint = trained.checkpoint
     return result
+
+
+def _make_workspace(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"workspace: {directory} cannot be made: {error.strerror}. Name another one.") from None
 
 
 def _find_start(stage: Stage, previous: CheckpointRef | None) -> CheckpointRef | None:
@@ -65,30 +89,42 @@ def _find_start(stage: Stage, previous: CheckpointRef | None) -> CheckpointRef |
 def _track(recipe: Recipe) -> Iterator[RunTracker]:
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
-    run_name = flow_run.name if flow_run else recipe.name
+    key = str(flow_run.id) if flow_run else recipe.name
     with RunTracker(
         recipe.tracking,
         experiment=recipe.name,
-        run_name=run_name,
-        key=str(flow_run.id) if flow_run else recipe.name,
-        tags={"prefect.flow_run_id": str(flow_run.id)} if flow_run else {},
+        run_name=flow_run.name if flow_run else recipe.name,
+        key=key,
+        tags=collect_tags(flow_run),
         params={"recipe": recipe.name, "store": recipe.store, "stages": ", ".join(s.name for s in recipe.stages)},
-        spool_dir=recipe.directory / "tracking" / run_name,
+        spool_dir=recipe.directory / "tracking" / key,
     ) as tracker:
         yield tracker
 
 
 @contextmanager
-def _report(result: RecipeResult) -> Iterator[None]:
+def _report(result: RecipeResult, tracker: RunTracker) -> Iterator[None]:
+    """Report what is trained at the end, and after an error too: a report that fails must not hide it."""
     try:
         yield
     finally:
         if result.trained:
             recipe = result.recipe
-            result.report_path = write_report(
-                recipe.directory / "report.html",
-                title=f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name,
-                stages=result.trained,
-                gates={s.name: (s.gate.metric, s.gate.at_least) for s in recipe.stages if s.gate},
-                links={"Store": recipe.store, "MLflow": recipe.tracking},
-            )
+            links = {"Store": recipe.store, "MLflow": tracker.run_url or recipe.tracking}
+            path = recipe.directory / "report.html"
+            try:
+                result.report_path = _write_report(result, path, links)
+            except OSError as error:
+                logger.warning("%s: the report could not be written: %s", path, error)
+            show_stages(recipe.name, result.trained, links=links)
+
+
+def _write_report(result: RecipeResult, path: Path, links: dict[str, str]) -> Path:
+    recipe = result.recipe
+    return write_report(
+        path,
+        title=f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name,
+        stages=result.trained,
+        gates={s.name: (s.gate.metric, s.gate.at_least) for s in recipe.stages if s.gate},
+        links=links,
+    )

@@ -1,15 +1,19 @@
 """Refuse what is wrong before anything is trained: files, data, store, gates."""
 
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from internvl_core.checkpoint.store import check_store, is_checkpoint_uri
+from internvl_core.checkpoint.store import check_store, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.data.meta import load_meta
 from internvl_core.errors import ArgumentError, InternVLError
-from tasks.stage import Stage
+from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import COMPONENTS, METAS, resolve_stage
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 def check_stage_arguments(stages: list[Stage], *, starts_from_checkpoint: bool) -> None:
@@ -26,33 +30,42 @@ def check_stage_arguments(stages: list[Stage], *, starts_from_checkpoint: bool) 
 
 
 @task(name="check inputs", cache_policy=NO_CACHE)
-def check_inputs(stages: list[Stage], store_uri: str) -> None:
-    """Look at every file and service the stages will need.
+def check_inputs(stages: list[Stage], *, store_uri: str, start_from: str | None) -> None:
+    """Look at every file and service the stages will need, with all problems in one message.
 
-    Uses: the local disk, the store (a probe object is written and removed).
+    Uses: the local disk, the store (a probe object is written and removed), the stores of checkpoints to start from.
     """
     problems: list[InternVLError] = []
-    paths = {(stage.name, name): stage.arguments.get(name) for stage in stages for name in (*METAS, *COMPONENTS)}
-    for (stage, name), path in paths.items():
-        if path:
-            try:
-                _check_path(name, path)
-            except InternVLError as error:
-                problems.append(type(error)(f"{stage}: {error}"))
-    try:
-        check_store(store_uri)
-    except InternVLError as error:
-        problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
+    for place, check, value in _iter_checks(stages, store_uri, start_from):
+        try:
+            check(value)
+        except InternVLError as error:
+            problems.append(type(error)("\n".join(f"{place}{line}" for line in str(error).splitlines())))
     if problems:
-        raise ArgumentError("\n".join(str(problem) for problem in problems))
+        kinds = {type(problem) for problem in problems}
+        kind = kinds.pop() if len(kinds) == 1 else ArgumentError
+        raise kind("\n".join(str(problem) for problem in problems))
 
 
-def _check_path(name: str, path: str) -> None:
-    if name in METAS:
-        for dataset in load_meta(Path(path)):
-            if not Path(dataset.annotation).is_file():
-                raise ArgumentError(f"{path}: {dataset.name}: annotation {dataset.annotation} does not exist.")
-    elif Path(path).is_absolute() and not is_checkpoint_uri(path) and not Path(path).is_dir():
-        raise ArgumentError(f"{name}: {path} does not exist. Give a model folder.")
+def _iter_checks(
+    stages: list[Stage], store_uri: str, start_from: str | None
+) -> Iterator[tuple[str, Callable[[str], object], str]]:
+    """List what to check: where it stands, how, and the value."""
+    yield "", check_store, store_uri
+    if start_from is not None:
+        yield "start_from: ", resolve_checkpoint, start_from
+    for stage in stages:
+        for name in METAS:
+            if stage.arguments.get(name):
+                yield f"{stage.name}: {name}: ", load_meta, stage.arguments[name]
+        for name in COMPONENTS:
+            if stage.arguments.get(name):
+                check = resolve_checkpoint if is_checkpoint_uri(stage.arguments[name]) else _check_model
+                yield f"{stage.name}: {name}: ", check, stage.arguments[name]
+        if stage.start_from not in (None, PREVIOUS):
+            yield f"{stage.name}: start_from: ", resolve_checkpoint, stage.start_from
+
+
+def _check_model(path: str) -> None:
+    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+        raise ArgumentError(f"{path} is no folder, nor the id of a model on the hub (owner/name). Correct the path.")

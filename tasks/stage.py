@@ -1,8 +1,8 @@
 """A stage of a recipe as the tasks see it. Field descriptions become the hints of the form in the UI."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PREVIOUS = "previous"
 
@@ -24,6 +24,14 @@ class Launcher(BaseModel):
     kind: Literal["local", "slurm", "kubernetes"] = Field(default="local", description="Where torchrun runs.")
     nnodes: int = Field(default=1, ge=1, description="Number of machines.")
     nproc_per_node: int = Field(default=1, ge=1, description="Ranks on each machine: one a GPU.")
+
+    @model_validator(mode="after")
+    def _check_built(self) -> Self:
+        if self.kind != "local":
+            raise ValueError(f"kind {self.kind} is not built yet. Use local.")
+        if self.nnodes != 1:
+            raise ValueError(f"nnodes {self.nnodes}: more than one machine is not built yet. Use 1.")
+        return self
 
     @property
     def world_size(self) -> int:

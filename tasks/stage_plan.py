@@ -11,6 +11,7 @@ from typing import Any
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
 from internvl_core.checkpoint.manifest import describe_files
+from internvl_core.checkpoint.store import is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
 from internvl_core.errors import ArgumentError
@@ -65,7 +66,9 @@ def plan_stage(stage: Stage, start_from: CheckpointRef | None) -> StagePlan:
 
 
 def _digest_component(path: str) -> str:
-    """Digest a local folder by content; anything else (a hub id) is its own name."""
+    """Digest a local folder or a checkpoint by content; a hub id is its own name."""
+    if is_checkpoint_uri(path):
+        return resolve_checkpoint(path).digest
     if not Path(path).is_dir():
         return path
     return digest_json([[entry.path, entry.size_bytes, entry.sha256] for entry in describe_files(Path(path))])

@@ -1,8 +1,8 @@
 """Train one stage: skip it if it is finished, resume it if it is begun, else start it."""
 
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from prefect.tasks import Task
 from internvl_core.checkpoint.store import StageStore, read_file
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.errors import InternVLError
-from tasks.launch import RunningStage, launch_stage
+from tasks.hold_stage import hold_stage
+from tasks.launch import launch_stage
+from tasks.show_progress import StageProgress
 from tasks.stage import Stage
 from tasks.stage_plan import StagePlan, plan_stage
 from tasks.track_run import RunStatus, RunTracker
 from tasks.trained_stage import TrainedStage
-
-PROGRESS_INTERVAL_S = 4.0
 
 
 def can_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -34,8 +34,8 @@ def can_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> boo
 @task(
     name="train stage",
     task_run_name="{stage.name}",
-    retries=2,
-    retry_delay_seconds=[10, 60],
+    # The recipe says how often and when; which failures, the error tree.
+    retries=0,
     retry_condition_fn=can_retry,
     # The committed handover is the cache, and it knows whether its checkpoint still exists.
     cache_policy=NO_CACHE,
@@ -66,39 +66,51 @@ def train_stage(
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
     handover = None if is_fresh else store.find_handover()
-    attempt_dir = attempts_dir if handover is not None else _make_attempt_dir(attempts_dir)
-    tracker.start_stage(
-        stage.name,
-        key=f"{stage.name}-{plan.fingerprint}" + (f"-{uuid.uuid4().hex[:8]}" if is_fresh else ""),
-        params=plan.values,
-        tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store.uri},
-        metrics_path=attempt_dir / METRICS_FILE,
-    )
     if handover is not None:
-        trained = _find_trained(stage, *handover, attempts_dir)
-        tracker.finish_stage(
-            stage.name, metrics=trained.result.metrics, status="FINISHED", tags={"internvl.skipped": "true"}
-        )
+        attempts_dir.mkdir(parents=True, exist_ok=True)
+        with _track(tracker, plan, store.uri, attempts_dir, is_fresh=False) as tracked:
+            trained = _find_trained(stage, *handover, attempts_dir)
+            tracked.update(trained.result.metrics)
         return trained
+    with hold_stage(attempts_dir):
+        attempt_dir = _make_attempt_dir(attempts_dir)
+        with _track(tracker, plan, store.uri, attempt_dir, is_fresh=is_fresh) as tracked:
+            result = _run_attempt(plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh)
+            tracked.update(result.metrics)
+    return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
+
+
+@contextmanager
+def _track(
+    tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, is_fresh: bool
+) -> Iterator[dict[str, float]]:
+    """Track a stage; its caller fills in the metrics of the result."""
+    name = plan.stage.name
+    tracker.start_stage(
+        name,
+        # A stage trained afresh is another curve; one that is resumed goes on with its own.
+        key=f"{name}-{plan.fingerprint}" + (f"-{uuid.uuid4().hex[:8]}" if is_fresh else ""),
+        params=plan.values,
+        tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store_uri},
+        metrics_path=directory / METRICS_FILE,
+    )
     status: RunStatus = "FAILED"
-    metrics: Mapping[str, float] = {}
+    metrics: dict[str, float] = {}
     try:
-        result = _run_attempt(plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh)
-        status, metrics = "FINISHED", result.metrics
+        yield metrics
+        status = "FINISHED"
     except Exception:
         raise
     except BaseException:  # a cancel or Ctrl-C, not a failure
         status = "KILLED"
         raise
     finally:
-        tracker.finish_stage(stage.name, metrics=metrics, status=status)
-    return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
+        tracker.finish_stage(name, metrics=metrics, status=status)
 
 
 def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path) -> TrainedStage:
     get_run_logger().info("%s: skipped, nothing it depends on has changed: %s", stage.name, checkpoint.uri)
     metrics_path = attempts_dir / METRICS_FILE
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
     metrics_path.write_bytes(read_file(checkpoint, METRICS_FILE))
     stage_result = StageResult.from_json({**result, "checkpoint": asdict(checkpoint)})
     return TrainedStage(stage.name, stage_result, is_skipped=True, metrics_path=metrics_path)
@@ -140,24 +152,8 @@ def _run_attempt(
     )
     logger = get_run_logger()
     logger.info("%s: starting %d ranks; log in %s", stage.name, stage.launcher.world_size, attempt_dir)
+    progress = StageProgress(stage.name)
     with launch_stage(stage_file, attempt_dir) as running:
-        _report_progress(stage.name, running)
+        for line in running.iter_metrics():
+            progress.show(line)
         return running.result()
-
-
-def _report_progress(name: str, running: RunningStage) -> None:
-    """Log a line every few seconds, and one at the last step."""
-    last_time = 0.0
-    for line in running.iter_metrics():
-        if time.monotonic() - last_time < PROGRESS_INTERVAL_S and line["step"] < line["max_steps"]:
-            continue
-        last_time = time.monotonic()
-        get_run_logger().info(
-            "%-9s step %4d/%d   loss %.4f   %6.0f tokens/s   eta %d s",
-            name,
-            line["step"],
-            line["max_steps"],
-            line["loss"],
-            line["tokens_per_s"],
-            line["eta_s"],
-        )

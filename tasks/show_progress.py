@@ -1,0 +1,53 @@
+"""Show how far a stage is: lines in the log, and a progress bar in the Prefect UI."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from tasks.show_stages import write_key
+
+LINE_INTERVAL_S = 4.0
+BAR_INTERVAL_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class StageProgress:
+    """The progress of one attempt, told at a bounded rate."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._next_line = 0.0
+        self._next_bar = 0.0
+        self._artifact_id: UUID | None = None
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Tell a line of metrics.jsonl, unless the last was told just now; the last step is always told."""
+        now, is_last = time.monotonic(), line["step"] >= line["max_steps"]
+        if now >= self._next_line or is_last:
+            self._next_line = now + LINE_INTERVAL_S
+            get_run_logger().info(
+                "%-9s step %4d/%d   loss %.4f   %6.0f tokens/s   eta %d s",
+                self._stage,
+                *(line[name] for name in ("step", "max_steps", "loss", "tokens_per_s", "eta_s")),
+            )
+        if now >= self._next_bar or is_last:
+            self._next_bar = now + BAR_INTERVAL_S
+            self._draw_bar(100 * line["step"] / line["max_steps"])
+
+    def _draw_bar(self, percent: float) -> None:
+        try:
+            if self._artifact_id is None:
+                key = write_key("progress", self._stage)
+                found = create_progress_artifact(percent, key=key, description=f"Steps of {self._stage}")
+                self._artifact_id = found if isinstance(found, UUID) else None
+            else:
+                update_progress_artifact(self._artifact_id, progress=percent)
+        except Exception as error:  # noqa: BLE001  whatever Prefect throws: the stage trains on, without a bar
+            logger.warning("No progress bar in the Prefect UI: %s: %s", type(error).__name__, error)
+            self._next_bar = float("inf")
