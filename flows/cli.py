@@ -42,8 +42,6 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
-    for name, value in QUIET_PREFECT.items():
-        os.environ.setdefault(name, value)
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
 
@@ -53,6 +51,9 @@ def run(
     # Refuse a wrong recipe before a server is started for it.
     loaded = load_recipe(recipe, overrides)
 
+    # Before Prefect is imported, which reads its settings then.
+    for name, value in QUIET_PREFECT.items():
+        os.environ.setdefault(name, value)
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain

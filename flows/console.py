@@ -12,7 +12,9 @@ from prefect.settings import get_current_settings
 
 from internvl_core.errors import ArgumentError, InternVLError
 
-_RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+_FLOW_LOGGER = "prefect.flow_runs"
+_RUN_LOGGERS = (_FLOW_LOGGER, "prefect.task_runs")
+_BAD_ENDS = ("Finished in state Failed", "Finished in state Crashed")
 _BOOKKEEPING = (
     "Finished in state",
     "Beginning flow run",
@@ -69,6 +71,10 @@ def _drop_known_stack(record: logging.LogRecord) -> bool:
 def _is_for_people(record: logging.LogRecord) -> bool:
     if getattr(record, "is_told_elsewhere", False):
         return False
-    if record.levelno > logging.INFO and record.getMessage().startswith("Finished in state Failed"):
-        return False
-    return record.levelno > logging.INFO or not record.getMessage().startswith(_BOOKKEEPING)
+    message = record.getMessage()
+    if message.startswith("Crash detected!"):
+        # The task says it too, and it is the flow that ends.
+        return record.name == _FLOW_LOGGER
+    if record.levelno > logging.INFO:
+        return not message.startswith(_BAD_ENDS)
+    return not message.startswith(_BOOKKEEPING)

@@ -15,9 +15,11 @@ def check_gate(trained: TrainedStage, gate: Gate | None) -> None:
         return
     metrics = trained.result.metrics
     if gate.metric not in metrics:
-        raise GateNotPassed(f"{trained.name}: gate on {gate.metric}, but it has only {', '.join(sorted(metrics))}.")
-    if metrics[gate.metric] < gate.at_least:
+        known = ", ".join(sorted(metrics)) or "none"
+        raise GateNotPassed(f"{trained.name}: gate on {gate.metric}, but it has only {known}. Correct the recipe.")
+    # Not `<`: a score that is no number does not pass.
+    if not metrics[gate.metric] >= gate.at_least:
         raise GateNotPassed(
-            f"{trained.name}: {gate.metric} is {metrics[gate.metric]:.4f}, the gate asks for {gate.at_least}. "
+            f"{trained.name}: {gate.metric} is {metrics[gate.metric]:.6g}, the gate asks for {gate.at_least}. "
             f"The checkpoint stays at {trained.checkpoint.uri}. Train longer, or lower the gate in the recipe."
         )

@@ -36,7 +36,7 @@ def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
     """Resolve and check a stage's arguments; needs neither files nor hardware.
 
     Raises:
-        ArgumentError: all that is wrong with them, a line each, led by the stage's name.
+        ArgumentError: all that is wrong with them, a line each, led by `arguments of <stage>`.
     """
     given = dict(stage.arguments)
     if has_parent:
@@ -45,7 +45,8 @@ def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
         values = resolve_arguments(given)
         check_arguments(values, entry=stage.entry)
     except ArgumentError as error:
-        raise ArgumentError("\n".join(f"{stage.name}: {line}" for line in str(error).splitlines())) from None
+        lines = [f"arguments of {stage.name}: {line}" for line in str(error).splitlines()]
+        raise ArgumentError("\n".join(lines)) from None
     if has_parent:
         values["model_name_or_path"] = None
     return values

@@ -1,0 +1,103 @@
+"""What is refused before anything is trained: files, data, stores, checkpoints to start from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import StageStore
+from internvl_core.errors import ArgumentError, CheckpointNotFound, DataError
+from tasks.check_inputs import check_inputs
+from tasks.stage import Stage
+
+
+def build_stage(name: str = "stage1", *, start_from: str | None = None, **arguments: Any) -> Stage:
+    return Stage(name=name, entry="pretrain", arguments=arguments, start_from=start_from)
+
+
+def check(tmp_path: Path, *stages: Stage, store_uri: str | None = None, start_from: str | None = None) -> None:
+    check_inputs.fn(list(stages), store_uri=store_uri or f"file://{tmp_path}/store", start_from=start_from)
+
+
+def write_meta(directory: Path, *, length: int) -> Path:
+    (directory / "a.jsonl").write_text('{"conversations": []}\n')
+    path = directory / "meta.json"
+    path.write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", "length": length}}))
+    return path
+
+
+def commit(directory: Path) -> StageStore:
+    (directory / "save").mkdir()
+    (directory / "save/model.safetensors").write_bytes(b"weights")
+    store = StageStore(f"file://{directory}/store", "stage0", "0" * 64)
+    store.publish(directory / "save", step=7, fence=1, kind=CheckpointKind.FINAL, parent=None, info={})
+    return store
+
+
+def test_right_inputs_pass_and_the_store_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "vision").mkdir()
+    meta = str(write_meta(tmp_path, length=1))
+    check(tmp_path, build_stage(meta_path=meta, vision_path=str(tmp_path / "vision"), llm_path="Qwen/Qwen2.5-0.5B"))
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_meta_file_is_read_as_a_whole(tmp_path: Path) -> None:
+    meta = write_meta(tmp_path, length=2)
+    with pytest.raises(DataError, match=r"^stage1: meta_path: .*meta\.json.*length is 2, but .* has 1 records"):
+        check(tmp_path, build_stage(meta_path=str(meta)))
+
+
+def test_a_held_out_set_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^stage1: eval_meta_path: .*nowhere\.json: no such meta file"):
+        check(tmp_path, build_stage(eval_meta_path=str(tmp_path / "nowhere.json")))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "../model", "~/model", "models/a/b", ""])
+def test_a_model_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path, path: str) -> None:
+    stage = build_stage(model_name_or_path=path)
+    if not path:
+        check(tmp_path, stage)
+        return
+    with pytest.raises(ArgumentError, match=r"^stage1: model_name_or_path: .* is no folder, nor the id of a model"):
+        check(tmp_path, stage)
+
+
+@pytest.mark.parametrize("place", ["recipe", "stage", "model"])
+def test_a_checkpoint_to_start_from_must_be_committed(tmp_path: Path, place: str) -> None:
+    def start(uri: str) -> None:
+        stage = {"stage": build_stage(start_from=uri), "model": build_stage(model_name_or_path=uri)}.get(place)
+        check(tmp_path, *([stage] if stage else []), start_from=uri if place == "recipe" else None)
+
+    store = commit(tmp_path)
+    start(store.uri)
+    with pytest.raises(CheckpointNotFound, match=r"(start_from|model_name_or_path): .* never committed\. Committed: 7"):
+        start(f"{store.uri}/data/000000000009.000001.0badcafe")
+
+
+def test_a_start_from_the_stage_before_has_nothing_to_be_looked_at(tmp_path: Path) -> None:
+    check(tmp_path, build_stage(start_from="previous"))
+
+
+def test_a_relative_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="'runs/store' is a relative path"):
+        check(tmp_path, store_uri="runs/store")
+
+
+def test_all_problems_come_together_led_by_their_places(tmp_path: Path) -> None:
+    stages = [build_stage(meta_path="/nowhere.json"), build_stage("stage2", model_name_or_path="/nowhere")]
+    with pytest.raises(ArgumentError) as caught:
+        check(tmp_path, *stages, store_uri="runs/store")
+    lines = str(caught.value).splitlines()
+    assert ["relative path" in lines[0], lines[1][:18], lines[2][:27]] == [
+        True,
+        "stage1: meta_path:",
+        "stage2: model_name_or_path:",
+    ]
+
+
+def test_problems_of_one_kind_keep_their_exit_code(tmp_path: Path) -> None:
+    stages = [build_stage(meta_path="/nowhere.json"), build_stage("stage2", meta_path="/nowhere.json")]
+    with pytest.raises(DataError, match=r"stage1: meta_path: .*\nstage2: meta_path: "):
+        check(tmp_path, *stages)

@@ -1,0 +1,152 @@
+"""The `internvl` command: one clear message and the right exit code for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import cli
+from flows.recipe import load_recipe
+from internvl_core.errors import StoreUnavailable
+
+LIGHT = ("torch", "transformers", "deepspeed", "peft")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; return its exit code, its output and its errors."""
+
+    def run_main(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["internvl", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
+
+    return run_main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run nope", "ArgumentError: recipe nope: neither a file nor a shipped recipe. Shipped: "),
+        ("run nowhere/recipe.yaml", "ArgumentError: recipe nowhere/recipe.yaml: neither a file nor"),
+        ("check smoke --set foo", "ArgumentError: --set foo: should be a.b=value, such as "),
+        ("check smoke --set a=[", "ArgumentError: --set a=[:1:2: not plain YAML: "),
+        ("check smoke --set stages.stag2.x=1", "ArgumentError: --set stages.stag2.x: no stage named stag2 (did you "),
+        (
+            "check smoke --set stages.stage2.arguments.max_step=3",
+            "ArgumentError: arguments of stage2: max_step: no such argument. Nearest: max_steps.",
+        ),
+        ("check smoke --set workspace=3", "ArgumentError: recipe smoke: workspace: 3: Input should be a valid string."),
+        ("", "internvl: Missing command. See internvl --help."),
+        ("fly", "internvl: No such command 'fly'. See internvl --help."),
+        ("run", "internvl: Missing parameter: recipe. See internvl --help."),
+        ("run smoke --quickly", "internvl: No such option: --quickly. See internvl --help."),
+        ("run smoke stage2", "internvl: Got unexpected extra argument"),
+        ("run smoke --set", "internvl: Option '--set' requires an argument. See internvl --help."),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_64(run: Run, arguments: str, message: str) -> None:
+    code, output, errors = run(*arguments.split())
+    assert (code, output) == (64, "")
+    (line,) = errors.splitlines()
+    assert line.startswith(message)
+
+
+def test_all_wrong_arguments_of_all_stages_are_told_at_once(run: Run) -> None:
+    wrong = ["--set", "stages.stage1.arguments.learning_rat=1", "--set", "stages.stage2.arguments.sede=1"]
+    code, _, errors = run("check", "smoke", *wrong)
+    assert code == 64
+    assert [line.rpartition("arguments of ")[2].split(":")[0] for line in errors.splitlines()] == ["stage1", "stage2"]
+
+
+def test_an_error_keeps_the_exit_code_of_its_class(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StoreUnavailable("s3://b does not answer.")
+
+    monkeypatch.setattr("flows.recipe.load_recipe", fail)
+    assert run("check", "smoke") == (69, "", "StoreUnavailable: s3://b does not answer.\n")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.recipe.load_recipe", interrupt)
+    assert run("check", "smoke") == (130, "", "Stopped.\n")
+
+
+def test_a_fault_of_our_own_keeps_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("step")
+
+    monkeypatch.setattr("flows.recipe.load_recipe", fail)
+    monkeypatch.setattr(sys, "argv", ["internvl", "check", "smoke"])
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_the_smoke_recipe_is_right(run: Run) -> None:
+    assert run("check", "smoke") == (0, "smoke: 4 stages, all arguments are right.\n", "")
+
+
+def test_recipes_are_listed_with_what_they_are_for(run: Run) -> None:
+    code, output, _ = run("recipes")
+    assert code == 0
+    assert f"smoke                    {load_recipe('smoke').description}" in output.splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["check", "smoke"]])
+def test_what_starts_nothing_imports_no_torch(arguments: list[str]) -> None:
+    program = (
+        "import json, sys\n"
+        "from flows.cli import main\n"
+        f"sys.argv = ['internvl', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print('\\n' + json.dumps([name for name in sys.modules if '.' not in name]))\n"
+    )
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    modules = set(json.loads(completed.stdout.splitlines()[-1]))
+    assert "typer" in modules
+    assert modules.isdisjoint(LIGHT)
+    # `check` reads the tasks, which are Prefect's.
+    if arguments != ["check", "smoke"]:
+        assert modules.isdisjoint({"prefect", "mlflow"})
+
+
+@pytest.mark.parametrize("api_url", [None, "http://10.0.0.1:4200/api"])
+def test_the_commands_that_open_the_uis_can_be_pasted_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api_url: str | None
+) -> None:
+    home = tmp_path / "it's a home"
+    settings = types.SimpleNamespace(api=types.SimpleNamespace(url=api_url), home=home)
+    monkeypatch.setattr("prefect.settings.get_current_settings", lambda: settings)
+    recipe = load_recipe("smoke", {"workspace": str(tmp_path / "my runs")})
+    commands = cli._ui_commands(recipe)
+    mlflow = commands["MLflow UI"].partition("    then ")[0]
+    assert split_in_shell(mlflow)[-1] == f"sqlite:///{tmp_path}/my runs/mlflow.db"
+    if api_url:
+        assert commands["Prefect UI"] == "http://10.0.0.1:4200"
+    else:
+        prefect = commands["Prefect UI"].partition("    then ")[0]
+        assert split_in_shell(prefect)[1] == f"PREFECT_HOME={home}"
+
+
+def test_an_mlflow_server_is_its_own_ui() -> None:
+    recipe = load_recipe("smoke", {"tracking_uri": "https://mlflow.example"})
+    assert cli._ui_commands(recipe)["MLflow UI"] == "https://mlflow.example"
+
+
+def split_in_shell(command: str) -> list[str]:
+    """Let a real shell take a command line apart."""
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    line = f"{sys.executable} -c '{program}' {command}"
+    completed = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    return json.loads(completed.stdout)
