@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import (
     StageStore,
@@ -33,6 +34,7 @@ CONTENT = {
     "empty.txt": b"",
 }
 NUM_WRITERS = 8
+NUM_RACES = 20
 
 Publish = Callable[..., CheckpointRef]
 
@@ -227,6 +229,15 @@ class StoreContract:
         remove(f"{newer.uri}/MANIFEST")
         assert store.find_newest() == older
 
+    def test_a_whole_manifest_of_another_checkpoint_is_not_believed(self, store: StageStore, publish: Publish) -> None:
+        older, newer = publish(10), publish(20)
+        filesystem, path = fsspec.url_to_fs(f"{older.uri}/MANIFEST", use_listings_cache=False)
+        manifest = filesystem.cat_file(path)
+        overwrite(f"{newer.uri}/MANIFEST", lambda _: manifest)
+        assert store.find_newest() == older
+        with pytest.raises(CheckpointCorrupt, match="the commit record says"):
+            read_manifest(newer)
+
     def test_a_record_under_another_name_is_not_believed(self, store: StageStore, publish: Publish) -> None:
         publish(10)
         older, newer = publish(20), publish(30)
@@ -341,6 +352,25 @@ class RemoteStoreContract(StoreContract):
 
 class SharedStoreContract(StoreContract):
     """A store that several processes use at once; in memory there is but one, and fsspec's is not made for threads."""
+
+    def test_of_racing_creations_exactly_one_wins(self, store_uri: str) -> None:
+        backend = open_backend(store_uri)
+        start = threading.Barrier(NUM_WRITERS)
+
+        def race(name: str, body: bytes) -> bool:
+            start.wait()
+            try:
+                backend.create(name, body)
+            except FileExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            for number in range(NUM_RACES):
+                name, bodies = f"race-{number}", [bytes([writer]) * 100 for writer in range(NUM_WRITERS)]
+                has_won = list(pool.map(race, [name] * NUM_WRITERS, bodies))
+                assert sum(has_won) == 1
+                assert backend.read(name) == bodies[has_won.index(True)]
 
     def test_of_racing_commits_exactly_one_wins(self, store: StageStore, publish: Publish, tmp_path: Path) -> None:
         start = threading.Barrier(NUM_WRITERS)
