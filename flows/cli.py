@@ -54,6 +54,9 @@ def run(
     # Before Prefect is imported, which reads its settings then.
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
+    if home := os.environ.get("PREFECT_HOME"):
+        # Prefect makes the last folder of the path only, and then has no place for its database.
+        Path(home).expanduser().mkdir(parents=True, exist_ok=True)
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
