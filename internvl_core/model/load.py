@@ -7,8 +7,10 @@ and both have a row for every token of the tokenizer.
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     InternVLConfig,
+    InternVLVisionConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -87,16 +91,17 @@ def load_checkpoint(path: str, *, cache_dir: Path, dtype: torch.dtype = torch.fl
     """
     if (Path(path) / ADAPTER_FILE).is_file():
         return _load_merged_adapter(Path(path), cache_dir, dtype)
-    config = AutoConfig.from_pretrained(path)
+    config = _load("model_name_or_path", AutoConfig.from_pretrained, path)
     if not isinstance(config, InternVLConfig):
         raise ArgumentError(
             f"model_name_or_path: {path} holds a {config.model_type} model, not transformers' native InternVL. "
             "Give a checkpoint of this pipeline or a converted (-hf) InternVL."
         )
     _untie(config)
-    model = InternVLForTraining.from_pretrained(path, config=config, dtype=dtype)
+    model = _load("model_name_or_path", InternVLForTraining.from_pretrained, path, config=config, dtype=dtype)
     _check_untied(model)
-    return LoadedModel(model, AutoTokenizer.from_pretrained(path))
+    _forget_folders(model)
+    return LoadedModel(model, _load("model_name_or_path", AutoTokenizer.from_pretrained, path))
 
 
 def assemble_components(
@@ -112,11 +117,17 @@ def assemble_components(
     The projector has torch's default initialisation, as in the original (reference 2.4). New
     embedding rows, input and output, get the mean of the old ones (F30).
     """
-    tokenizer = AutoTokenizer.from_pretrained(llm_path)
+    vision_config = _load("vision_path", AutoConfig.from_pretrained, vision_path)
+    if not isinstance(vision_config, InternVLVisionConfig):
+        raise ArgumentError(
+            f"vision_path: {vision_path} holds a {vision_config.model_type} model, not an internvl_vision tower. "
+            "Give the tower alone, in transformers' native format."
+        )
+    vision_tower = _load("vision_path", AutoModel.from_pretrained, vision_path, dtype=dtype)
+    llm = _load("llm_path", AutoModelForCausalLM.from_pretrained, llm_path, dtype=dtype)
+    tokenizer = _load("llm_path", AutoTokenizer.from_pretrained, llm_path)
     num_old_tokens = len(tokenizer)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    vision_tower = AutoModel.from_pretrained(vision_path, dtype=dtype)
-    llm = AutoModelForCausalLM.from_pretrained(llm_path, dtype=dtype)
     config = InternVLConfig(
         vision_config=vision_tower.config,
         text_config=llm.config,
@@ -137,8 +148,10 @@ def assemble_components(
     model.model.language_model = llm.model
     model.model.multi_modal_projector = projector
     model.lm_head = _as_own_parameter(llm.lm_head)
+    model.generation_config = llm.generation_config
     _resize_embeddings(model, num_old_tokens, len(tokenizer))
     _check_untied(model)
+    _forget_folders(model)
     return LoadedModel(model, tokenizer)
 
 
@@ -147,9 +160,36 @@ def write_base(adapter_dir: Path, base: CheckpointRef) -> None:
     write_json_atomically(adapter_dir / BASE_FILE, asdict(base))
 
 
+def _load(argument: str, load: Callable[..., Any], path: str, **options: Any) -> Any:
+    """Load with transformers; a folder that is missing or of another kind is the argument's fault."""
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ArgumentError(f"{argument}: {path} does not exist. Give a folder in Hugging Face's format, or a hub id.")
+    try:
+        return load(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            f"{argument}: {path} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
+        ) from error
+
+
+def _forget_folders(model: InternVLForTraining) -> None:
+    """Drop the local folders that weights came from: saved, they would differ from machine to machine."""
+    parts: tuple[PretrainedConfig, ...] = (model.config, model.config.vision_config, model.config.text_config)
+    for config in parts:
+        config._name_or_path = ""
+    # None, not "": PEFT would look up a base model of that name on the hub.
+    model.name_or_path = None
+
+
 def _load_merged_adapter(path: Path, cache_dir: Path, dtype: torch.dtype) -> LoadedModel:
     from peft import PeftModel  # imports that only adapters need
 
+    if not (path / BASE_FILE).is_file():
+        raise ArgumentError(
+            f"model_name_or_path: {path} holds an adapter without {BASE_FILE}, so nobody knows what it was trained "
+            "over. Merge it into its base with PEFT and give the result."
+        )
     base = CheckpointRef(**json.loads((path / BASE_FILE).read_text()))
     loaded = load_checkpoint(str(fetch(base, cache_dir)), cache_dir=cache_dir, dtype=dtype)
     merged = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload()

@@ -5,6 +5,7 @@ Invariant: what `set_trainable` returns as learning is exactly what has `require
 
 import logging
 import re
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ def set_trainable(model: InternVLForTraining, arguments: ModelArguments) -> nn.M
         trained: nn.Module = _add_adapters(model, arguments)
     else:
         trained = model
+    _freeze_unused(vision_tower, arguments.vision_select_layer)
     if not count_trainable(trained):
         raise ArgumentError("freeze_llm, freeze_backbone and freeze_mlp are all True and no LoRA: nothing would learn.")
     logger.info("%s of %s parameters learn", f"{count_trainable(trained):,}", f"{count_parameters(trained):,}")
@@ -72,10 +74,21 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def _unfreeze_layers(layers: nn.ModuleList, first: int) -> None:
-    if abs(first) > len(layers):
+    if not -len(layers) <= first < len(layers):
         raise ArgumentError(f"unfreeze_vit_layers: {first}, but the vision tower has {len(layers)} layers.")
     for layer in layers[first:]:
         layer.requires_grad_(True)
+
+
+def _freeze_unused(vision_tower: Any, select_layer: int) -> None:
+    """Freeze what lies behind the layer that the projector reads: it gets no gradient, only weight decay."""
+    if select_layer == -1:
+        return
+    layers = vision_tower.encoder.layer
+    # One more state than layers: the first is the embeddings'.
+    num_used = range(len(layers) + 1)[select_layer]
+    layers[num_used:].requires_grad_(False)
+    vision_tower.layernorm.requires_grad_(False)
 
 
 def _add_adapters(model: InternVLForTraining, arguments: ModelArguments) -> nn.Module:

@@ -1,0 +1,173 @@
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from tiny_internvl import build_batch, build_tiny_model
+from torch import nn
+
+from internvl_core.arguments import ModelArguments
+from internvl_core.errors import ArgumentError
+from internvl_core.model import trainable
+from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, list_trainable
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+FROZEN = ModelArguments(freeze_llm=True, freeze_backbone=True, freeze_mlp=True, grad_checkpoint=False)
+NUM_VISION_LAYERS = 3
+
+FLAGS = [
+    dict(
+        zip(
+            ("freeze_llm", "freeze_backbone", "freeze_mlp", "unfreeze_lm_head", "unfreeze_vit_layers"), row, strict=True
+        )
+    )
+    for row in itertools.product((True, False), (True, False), (True, False), (True, False), (0, -1, 1))
+]
+FULL = [
+    flags
+    for flags in FLAGS
+    if flags != {**dict.fromkeys(flags, True), "unfreeze_lm_head": False, "unfreeze_vit_layers": 0}
+]
+ADAPTERS = [
+    {"use_llm_lora": llm, "use_backbone_lora": vision}
+    for llm, vision in itertools.product((0, 2, 4), (0, 2, 4))
+    if llm or vision
+]
+
+
+def set_trainable(arguments: ModelArguments) -> nn.Module:
+    model = build_tiny_model(num_vision_layers=NUM_VISION_LAYERS)
+    model.config.vision_feature_layer = arguments.vision_select_layer
+    if arguments.grad_checkpoint:
+        enable_checkpointing(model)
+    return trainable.set_trainable(model, arguments).train()
+
+
+def find_parameters_with_gradient(model: nn.Module, batch: dict[str, Any]) -> list[str]:
+    """Name the parameters that a step would move; adapters start with B = 0, so A's gradient is zero but there."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def find_parts(model: nn.Module) -> set[str]:
+    parts = {
+        "vision_tower": "vision_tower",
+        "multi_modal_projector": "projector",
+        "language_model": "language_model",
+        "lm_head": "lm_head",
+    }
+    return {parts[part] for name in list_trainable(model) for part in parts if part in name}
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_exactly_what_learns_gets_a_gradient(grad_checkpoint: bool) -> None:
+    # F9: unfreeze_lm_head did nothing. F10: reentrant checkpointing gave unfrozen layers no gradient.
+    assert len(FULL) == 47
+    for flags in [*FULL, *ADAPTERS]:
+        model = set_trainable(replace(FROZEN, grad_checkpoint=grad_checkpoint, **flags))
+        assert find_parameters_with_gradient(model, build_batch(num_tiles=0)) == list_trainable(model), flags
+        assert find_parameters_with_gradient(model, build_batch()) == list_trainable(model), flags
+        # Softmax does not see a constant added to every key, and an adapter's B begins at zero.
+        assert all(
+            parameter.grad.any() or "k_proj.bias" in name or "lora_A" in name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        ), flags
+
+
+@pytest.mark.parametrize("flags", FULL)
+def test_the_flags_free_the_parts_they_name(flags: dict[str, Any]) -> None:
+    model = set_trainable(replace(FROZEN, **flags))
+    expected = set()
+    if not flags["freeze_llm"]:
+        expected |= {"language_model", "lm_head"}
+    if flags["unfreeze_lm_head"]:
+        expected |= {"lm_head"}
+    if not flags["freeze_mlp"]:
+        expected |= {"projector"}
+    if not flags["freeze_backbone"] or flags["unfreeze_vit_layers"]:
+        expected |= {"vision_tower"}
+    assert find_parts(model) == expected
+
+
+@pytest.mark.parametrize(("first", "layers"), [(-1, {2}), (-2, {1, 2}), (-3, {0, 1, 2}), (1, {1, 2}), (2, {2})])
+def test_single_layers_of_a_frozen_tower_learn(first: int, layers: set[int]) -> None:
+    names = list_trainable(set_trainable(replace(FROZEN, unfreeze_vit_layers=first)))
+    assert {name.split(".encoder.layer.")[1].split(".")[0] for name in names} == {str(layer) for layer in layers}
+
+
+@pytest.mark.parametrize("first", [-4, 3, 9])
+def test_layers_that_the_tower_does_not_have_are_refused(first: int) -> None:
+    with pytest.raises(ArgumentError, match=f"unfreeze_vit_layers: {first}, but the vision tower has 3 layers"):
+        set_trainable(replace(FROZEN, unfreeze_vit_layers=first))
+
+
+@pytest.mark.parametrize("select_layer", [-2, -3, 1])
+@pytest.mark.parametrize("flags", [{"freeze_backbone": False}, {"use_backbone_lora": 2}])
+def test_layers_behind_the_selected_one_do_not_learn(select_layer: int, flags: dict[str, Any]) -> None:
+    model = set_trainable(replace(FROZEN, vision_select_layer=select_layer, **flags))
+    assert find_parameters_with_gradient(model, build_batch()) == list_trainable(model)
+    num_used = select_layer % (NUM_VISION_LAYERS + 1)
+    layers = {name.split(".encoder.layer.")[1].split(".")[0] for name in list_trainable(model) if ".layer." in name}
+    assert layers == {str(layer) for layer in range(num_used)}
+
+
+@pytest.mark.parametrize("flags", ADAPTERS)
+def test_adapters_have_the_rank_asked_for_and_an_alpha_of_twice_it(flags: dict[str, int]) -> None:
+    model = set_trainable(replace(FROZEN, **flags))
+    assert all(".lora_A." in name or ".lora_B." in name for name in list_trainable(model))
+    found: dict[str, set[tuple[int, int]]] = {"vision_tower": set(), "language_model": set()}
+    count = {"vision_tower": 0, "language_model": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            part = "vision_tower" if "vision_tower" in name else "language_model"
+            found[part].add((module.r["default"], module.lora_alpha["default"]))
+            assert module.scaling["default"] == 2
+            count[part] += 1
+    llm, vision = flags["use_llm_lora"], flags["use_backbone_lora"]
+    assert found == {
+        "vision_tower": {(vision, 2 * vision)} if vision else set(),
+        "language_model": {(llm, 2 * llm)} if llm else set(),
+    }
+    # q, k, v, o, gate, up, down of two layers; q, k, v, the output projection, fc1, fc2 of three.
+    assert count == {"vision_tower": 18 if vision else 0, "language_model": 14 if llm else 0}
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    plain, adapted = build_tiny_model(num_vision_layers=3).eval(), set_trainable(replace(FROZEN, use_llm_lora=4)).eval()
+    torch.testing.assert_close(adapted(**build_batch()).logits, plain(**build_batch()).logits)
+
+
+@pytest.mark.parametrize("flags", [{"freeze_mlp": False}, {"unfreeze_vit_layers": 1}, {"unfreeze_lm_head": True}])
+def test_adapters_beside_parts_that_learn_in_full_are_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="an adapter checkpoint would lose them") as refusal:
+        set_trainable(replace(FROZEN, use_llm_lora=2, **flags))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_stage_in_which_nothing_would_learn_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="nothing would learn"):
+        set_trainable(FROZEN)
+
+
+def test_frozen_parameters_are_counted_but_not_as_learning() -> None:
+    model = set_trainable(replace(FROZEN, freeze_mlp=False))
+    projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
+    assert count_trainable(model) == projector
+    assert count_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_checkpointed_activations_give_the_same_gradients() -> None:
+    models = [
+        set_trainable(replace(FROZEN, freeze_llm=False, freeze_backbone=False, grad_checkpoint=on)) for on in (0, 1)
+    ]
+    for model in models:
+        find_parameters_with_gradient(model, build_batch())
+    for plain, recomputed in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        if plain.requires_grad:
+            torch.testing.assert_close(recomputed.grad, plain.grad)
