@@ -9,7 +9,7 @@ from flows.stages import RecipeResult, name_run, run_stages
 
 
 @flow(name="pretrain", flow_run_name=name_run)
-def pretrain(recipe: str = "smoke", overrides: dict[str, Any] | None = None, is_fresh: bool = False) -> RecipeResult:
+def pretrain(recipe: str, overrides: dict[str, Any] | None = None, is_fresh: bool = False) -> RecipeResult:
     """Train all stages of a recipe, each from the checkpoint of the one before.
 
     Args:
