@@ -1,0 +1,111 @@
+"""What the Prefect UI shows of a run, and that it can never fail one."""
+
+import logging
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from flows import stages as flow_stages
+from flows.recipe import Recipe
+from internvl_core.contract import CheckpointRef, StageResult
+from internvl_core.errors import DataError
+from tasks import show_progress
+from tasks.show_progress import StageProgress
+from tasks.show_stages import show_stages, write_key, write_markdown
+from tasks.trained_stage import TrainedStage
+
+URI = "file:///store/stage1-0/data/4"
+
+
+def train() -> TrainedStage:
+    result = StageResult(4, CheckpointRef(URI, "0" * 64), {"accuracy": 0.5}, {}, {"train": 2.0})
+    return TrainedStage("stage1|x", result, is_skipped=False, metrics_path=Path("metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "key"), [(("stages", "smoke"), "stages-smoke"), (("progress", "stage1.5_b"), "progress-stage1-5-b")]
+)
+def test_keys_are_of_the_letters_that_prefect_takes(parts: tuple[str, ...], key: str) -> None:
+    assert write_key(*parts) == key
+
+
+def test_the_table_has_a_row_a_stage_and_links_below() -> None:
+    lines = write_markdown([train()], {"MLflow": "http://m/1", "Store": "file:///store"}).splitlines()
+    assert lines[0].startswith("| stage | result | steps |")
+    assert set(lines[1]) <= set("|-: ")
+    assert lines[2].startswith(r"| stage1\|x | trained | 4 |")
+    assert lines[2].endswith(f"| {URI} |")
+    assert lines[-2:] == ["- MLflow: <http://m/1>", "- Store: `file:///store`"]
+
+
+def test_a_server_that_refuses_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no server")
+
+    monkeypatch.setattr("tasks.show_stages.create_markdown_artifact", refuse)
+    show_stages("smoke", [train()], links={})
+    assert "RuntimeError: no server" in caplog.text
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record what Prefect is told, and let the clock stand still."""
+    told: list[float] = []
+
+    def create(progress: float, **_: Any) -> Any:
+        told.append(progress)
+        return uuid4()
+
+    monkeypatch.setattr(show_progress, "create_progress_artifact", create)
+    monkeypatch.setattr(show_progress, "update_progress_artifact", lambda _, progress: told.append(progress))
+    monkeypatch.setattr(show_progress, "get_run_logger", lambda: logging.getLogger("progress"))
+    monkeypatch.setattr(show_progress.time, "monotonic", lambda: 1000.0)
+    return told
+
+
+def show(progress: StageProgress, *steps: int) -> None:
+    for step in steps:
+        progress.show({"step": step, "max_steps": 40, "loss": 1.0, "tokens_per_s": 10.0, "eta_s": 1.0})
+
+
+def test_progress_is_told_at_a_bounded_rate_and_at_the_end(bars: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        show(StageProgress("stage1"), *range(1, 41))
+    assert bars == [2.5, 100]
+    assert [line.split("loss")[0].split() for line in caplog.messages] == [
+        ["stage1", "step", "1/40"],
+        ["stage1", "step", "40/40"],
+    ]
+
+
+def test_a_bar_that_cannot_be_drawn_is_given_up_after_one_warning(
+    bars: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no server")
+
+    monkeypatch.setattr(show_progress, "create_progress_artifact", refuse)
+    progress = StageProgress("stage1")
+    show(progress, 1, 2, 3)
+    assert caplog.text.count("No progress bar in the Prefect UI") == 1
+
+
+def test_a_report_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = {"name": "stage1", "entry": "pretrain", "arguments": {"model_name_or_path": "m"}}
+    (tmp_path / "report.html").mkdir()
+    recipe = Recipe.model_validate({"name": "small", "workspace": str(tmp_path), "stages": [stage]})
+    result = flow_stages.RecipeResult(recipe, [train()])
+    monkeypatch.setattr(flow_stages, "show_stages", lambda *_, **__: None)
+
+    class Tracker:
+        run_url = None
+
+    with pytest.raises(DataError, match=r"a\.jsonl:3"), flow_stages._report(result, Tracker()):  # type: ignore[arg-type]
+        raise DataError("a.jsonl:3: no image")
+    assert "the report could not be written" in caplog.text
