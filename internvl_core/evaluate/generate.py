@@ -31,7 +31,7 @@ def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arg
         return {}
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     questions = load_questions(arguments.extension.eval_meta_path)[rank::world_size]
-    answers = list(_iter_answers(model, encoding, questions, arguments))
+    answers = list(iter_answers(model, encoding, questions, arguments))
     correct, asked = count_matches(questions, answers)
     if dist.is_initialized():
         correct, asked = _sum_over_ranks(correct), _sum_over_ranks(asked)
@@ -40,9 +40,10 @@ def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arg
     return scores
 
 
-def _iter_answers(
+def iter_answers(
     model: GenerationMixin, encoding: Encoding, questions: list[Question], arguments: Arguments
 ) -> Iterator[str]:
+    """Yield the greedy answer to each question, `per_device_eval_batch_size` of them at a time."""
     model.eval()
     tokenizer = encoding.tokenizer
     collate = PromptCollator(tokenizer.pad_token_id)
@@ -59,7 +60,10 @@ def _iter_answers(
             output = model.generate(
                 **inputs,
                 max_new_tokens=arguments.extension.eval_max_new_tokens,
+                # Greedy whatever generation config the model came with: those of chat models penalise repetition.
                 do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
                 use_cache=True,
                 eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
                 pad_token_id=tokenizer.pad_token_id,

@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,34 @@ from internvl_core.train.stop_request import StopRequest
 logger = logging.getLogger(__name__)
 
 
+class HasEpoch(Protocol):
+    """What draws something anew in each epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class EpochCallback(TrainerCallback):
+    """Tell dataset and sampler which epoch begins.
+
+    accelerate 1.15 tells only one of the two, and on several ranks that resume neither.
+    """
+
+    def __init__(self, listeners: Sequence[HasEpoch]) -> None:
+        self._listeners = listeners
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for listener in self._listeners:
+            # A whole number, unless training resumes in the middle of an epoch.
+            listener.set_epoch(int(state.epoch or 0))
+
+
 class MetricsCallback(TrainerCallback):
-    """Append a line to metrics.jsonl at each log step, on rank 0.
+    """Append a line to metrics.jsonl at each log step, on rank 0; each step that is saved is one.
 
     A loss or gradient norm that is not finite ends training on every rank: the weights it
-    made are never saved.
+    made are never saved. Place it behind whatever asks for a save.
     """
 
     def __init__(self, metrics: MetricsFile) -> None:
@@ -38,6 +61,18 @@ class MetricsCallback(TrainerCallback):
         self._last_tokens = state.num_input_tokens_seen
         self._last_step = state.global_step
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log |= control.should_save or control.should_training_stop
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log |= control.should_save
+        return control
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -48,7 +83,8 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
+        # In fp16 a gradient that overflows is routine: the scaler skips the step and lowers its scale.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise NonFinite(
                     f"step {state.global_step}: {name} is {logs[name]}. Nothing after the last committed checkpoint "

@@ -8,11 +8,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from transformers import set_seed
 
 from internvl_core.argument_rules import check_arguments
@@ -42,12 +44,18 @@ def main(entry: str, stop_request: StopRequest) -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
     attempt_dir: Path | None = None
     try:
+        # Before parsing: a command line that cannot be parsed is reported as well.
+        attempt_dir = _find_attempt_dir(sys.argv[1:])
         arguments = parse_arguments(sys.argv[1:])
         attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
         check_arguments(arguments.to_values(), entry=entry)
         StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request).run()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
         _report_failure(error, attempt_dir)
+    # Libraries' threads now and then abort the interpreter on its way out, and a finished stage would count as lost.
+    _leave(0)
 
 
 class StageRun:
@@ -62,9 +70,10 @@ class StageRun:
         self._stage = stage
         self._stop_request = stop_request
         self._seconds: dict[str, float] = {}
+        self._start: CheckpointRef | None = None
         training = arguments.training
-        training.prepare_for_launch()
         _settle(arguments)
+        training.prepare_for_launch()
         set_seed(training.seed)
         self._output_dir = Path(training.output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -83,14 +92,17 @@ class StageRun:
         newest = self._find_newest()
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
-            loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir)
-            trained, step, counters = loaded.model, newest.step, newest.counters
+            loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir, dtype=self._dtype)
+            trained: Any = loaded.model.to(self._arguments.training.device)
+            self._continue_curve(newest)
+            step, counters = newest.step, newest.counters
             final: CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
             trainer = self._train(loaded, newest)
-            trained, step, counters = trainer.model, trainer.state.global_step, _count(trainer)
-            final = self._save_final(trainer, loaded)
+            step, counters = trainer.state.global_step, _count(trainer)
+            final = self._save_final(trainer, counters)
+            trained = trainer.model
         scores = self._evaluate(trained, loaded)
         if self._commits is None or final is None or not self._is_rank_zero:
             return
@@ -101,6 +113,12 @@ class StageRun:
     @property
     def _is_rank_zero(self) -> bool:
         return bool(self._arguments.training.process_index == 0)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the parameters. DeepSpeed keeps fp32 masters of bf16 weights itself; elsewhere autocast needs fp32."""
+        training = self._arguments.training
+        return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
 
     def _find_newest(self) -> Committed | None:
         """Ask the store on rank 0 of each node; on the others the copy is there already."""
@@ -113,12 +131,10 @@ class StageRun:
         arguments = self._arguments
         model_arguments = arguments.model
         with arguments.training.main_process_first(desc="fetching the checkpoint to start from"):
-            start = self._find_start()
-            if start is not None:
-                model_arguments.model_name_or_path = str(fetch(start, self._cache_dir))
-        # DeepSpeed keeps fp32 masters of bf16 weights itself; elsewhere autocast needs fp32 weights.
-        dtype = torch.bfloat16 if arguments.training.bf16 and arguments.training.deepspeed else torch.float32
-        loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=dtype)
+            self._start = self._find_start()
+            if self._start is not None:
+                model_arguments.model_name_or_path = str(fetch(self._start, self._cache_dir))
+        loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=self._dtype)
         if model_arguments.grad_checkpoint:
             enable_checkpointing(loaded.model)
         return loaded
@@ -139,7 +155,7 @@ class StageRun:
             seed=arguments.training.seed,
         )
         stop = StopCallback(self._stop_request)
-        callbacks = [MetricsCallback(self._metrics), stop]
+        callbacks = [stop, MetricsCallback(self._metrics)]
         if self._commits is not None:
             callbacks.append(CommitCallback(self._publish_training))
         trainer = InternVLTrainer(
@@ -154,9 +170,9 @@ class StageRun:
         )
         if self._stop_request.is_set:
             raise Preempted("Stopped on request before the first step; nothing was lost.")
-        if newest is not None and self._is_rank_zero:
+        if newest is not None:
             logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
-            self._metrics.continue_from(newest.path / METRICS_FILE, step=newest.step)
+            self._continue_curve(newest)
         self._seconds["setup"] = time.monotonic() - self._started
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
@@ -169,16 +185,22 @@ class StageRun:
         assert self._commits is not None
         self._commits.publish(directory, step, CheckpointKind.TRAINING)
 
-    def _save_final(self, trainer: InternVLTrainer, loaded: LoadedModel) -> CheckpointRef | None:
+    def _continue_curve(self, newest: Committed) -> None:
+        if self._is_rank_zero:
+            self._metrics.continue_from(newest.path / METRICS_FILE, step=newest.step)
+
+    def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> CheckpointRef | None:
         final_dir = self._output_dir / "final" if self._stage else self._output_dir
-        trainer.save_model(str(final_dir))
+        if self._stage is not None and self._start is None:
+            # An adapter is of use only with its base, and that is in no store.
+            trainer.save_merged(str(final_dir))
+        else:
+            trainer.save_model(str(final_dir))
         if self._commits is None or not self._is_rank_zero:
             return None
-        if (final_dir / ADAPTER_FILE).exists() and self._stage is not None and self._stage.start_from is not None:
-            write_base(final_dir, self._stage.start_from)
-        return self._commits.publish(
-            final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=_count(trainer)
-        )
+        if (final_dir / ADAPTER_FILE).exists() and self._start is not None:
+            write_base(final_dir, self._start)
+        return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=counters)
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
@@ -214,7 +236,9 @@ def _settle(arguments: Arguments) -> None:
     training = arguments.training
     training.remove_unused_columns = False
     training.label_names = ["labels"]
-    training.disable_tqdm = True if training.disable_tqdm is None else training.disable_tqdm
+    if training.disable_tqdm is None:
+        # The log is a file, and metrics.jsonl is what progress is shown from.
+        training.disable_tqdm = True
     # A NaN must be seen, not replaced in the running mean (F7).
     training.logging_nan_inf_filter = False
     training.include_num_input_tokens_seen = "non_padding"
@@ -222,8 +246,7 @@ def _settle(arguments: Arguments) -> None:
     arguments.model.grad_checkpoint |= bool(training.activation_checkpointing)
     training.activation_checkpointing = False
     if training.ddp_find_unused_parameters is None:
-        # The layers behind an earlier selected one get no gradient.
-        training.ddp_find_unused_parameters = arguments.model.vision_select_layer != -1
+        training.ddp_find_unused_parameters = False
 
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:
@@ -233,6 +256,11 @@ def _count(trainer: InternVLTrainer) -> dict[str, int]:
         "total_parameters": count_parameters(trainer.model),
         "tokens": int(trainer.state.num_input_tokens_seen),
     }
+
+
+def _find_attempt_dir(items: Sequence[str]) -> Path | None:
+    prefix = "--attempt_dir="
+    return next((Path(item.removeprefix(prefix)) for item in items if item.startswith(prefix)), None)
 
 
 def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
@@ -249,9 +277,16 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
         logger.error("%s: %s", failure.error, failure.message)
     else:
         logger.error("%s", failure.message, exc_info=error)
-    logging.shutdown()
     # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
-    os._exit(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+    _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End the process without the interpreter's teardown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _rank() -> int:

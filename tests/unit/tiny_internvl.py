@@ -16,7 +16,9 @@ TOKENS_PER_TILE = 4
 TILE_SIZE = 32
 
 
-def build_tiny_model(*, num_vision_layers: int = 2, seed: int = 0) -> InternVLForTraining:
+def build_tiny_model(
+    *, num_vision_layers: int = 2, vocab_size: int = 128, image_token: int = IMAGE_TOKEN, seed: int = 0
+) -> InternVLForTraining:
     torch.manual_seed(seed)
     vision = InternVLVisionConfig(
         hidden_size=16,
@@ -30,14 +32,14 @@ def build_tiny_model(*, num_vision_layers: int = 2, seed: int = 0) -> InternVLFo
         layer_scale_init_value=1.0,
     )
     text = Qwen2Config(
-        vocab_size=128,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         initializer_range=0.2,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=2,
@@ -46,7 +48,7 @@ def build_tiny_model(*, num_vision_layers: int = 2, seed: int = 0) -> InternVLFo
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=image_token,
         image_seq_length=TOKENS_PER_TILE,
         downsample_ratio=0.5,
         tie_word_embeddings=False,
