@@ -44,12 +44,14 @@ def run(
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
+    from tasks.stage_plan import check_stage_arguments
 
     overrides = parse_overrides(override or [])
     if start_from is not None:
         overrides["start_from"] = start_from
     # Refuse a wrong recipe before a server is started for it.
     loaded = load_recipe(recipe, overrides)
+    check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
 
     # Before Prefect is imported, which reads its settings then.
     for name, value in QUIET_PREFECT.items():
@@ -84,7 +86,7 @@ def check(
     """Check a recipe and the arguments of all its stages; needs no GPU and starts nothing."""
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
-    from tasks.check_inputs import check_stage_arguments
+    from tasks.stage_plan import check_stage_arguments
 
     loaded = load_recipe(recipe, parse_overrides(override or []))
     check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
@@ -110,7 +112,7 @@ def main() -> None:
 def _print_result(result: "RecipeResult") -> None:
     from rich.console import Console
 
-    from tasks.write_report import render_table
+    from tasks.stage_table import render_table
 
     console = Console()
     console.print()

@@ -17,9 +17,10 @@ from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError
 from tasks.build_smoke_inputs import build_smoke_inputs
 from tasks.check_gate import check_gate
-from tasks.check_inputs import check_inputs, check_stage_arguments
+from tasks.check_inputs import check_inputs
 from tasks.show_stages import show_stages
 from tasks.stage import PREVIOUS, Stage
+from tasks.stage_plan import check_stage_arguments
 from tasks.track_run import RunTracker
 from tasks.train_stage import train_stage
 from tasks.trained_stage import TrainedStage
@@ -110,7 +111,7 @@ def _report(result: RecipeResult, tracker: RunTracker) -> Iterator[None]:
     finally:
         if result.trained:
             recipe = result.recipe
-            links = {"Store": recipe.store, "MLflow": tracker.run_url or recipe.tracking}
+            links = {"Store": recipe.store, "MLflow": tracker.address}
             path = recipe.directory / "report.html"
             try:
                 result.report_path = _write_report(result, path, links)

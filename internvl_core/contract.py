@@ -142,9 +142,11 @@ class StageFailure(_AtomicFile):
     def from_exception(cls, error: BaseException, *, rank: int, step: int | None = None) -> Self:
         """Describe an exception; one from outside our error tree counts as an internal error."""
         known = isinstance(error, InternVLError)
+        # Libraries write paragraphs; the whole of it is in the traceback.
+        first_line = next(iter(str(error).splitlines()), "")
         return cls(
             error=type(error).__name__ if known else InternVLError.__name__,
-            message=str(error) if known else f"{type(error).__name__}: {error}",
+            message=str(error) if known else f"{type(error).__name__}: {first_line}",
             rank=rank,
             step=step,
             traceback="".join(traceback.format_exception(error)),
@@ -168,17 +170,26 @@ class StageFailure(_AtomicFile):
 
 def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside the target, sync, then rename over it."""
-    os.replace(_write_temporary(path.parent, json.dumps(content, indent=2)), path)
+    temporary = _write_temporary(path.parent, json.dumps(content, indent=2))
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def _write_temporary(directory: Path, body: str) -> str:
     descriptor, name = tempfile.mkstemp(dir=directory, prefix=".writing-")
     # mkstemp's 0600 would keep a team from reading its own runs.
     os.fchmod(descriptor, 0o644)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # A full disk; the tracker tries again and again, and each try would leave a file.
+        os.unlink(name)
+        raise
     return name
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from prefect import task
@@ -9,24 +10,11 @@ from prefect.cache_policies import NO_CACHE
 
 from internvl_core.checkpoint.store import check_store, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.data.meta import load_meta
-from internvl_core.errors import ArgumentError, InternVLError
+from internvl_core.errors import ArgumentError, DataError, InternVLError
 from tasks.stage import PREVIOUS, Stage
-from tasks.stage_plan import COMPONENTS, METAS, resolve_stage
+from tasks.stage_plan import COMPONENTS, METAS
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
-
-
-def check_stage_arguments(stages: list[Stage], *, starts_from_checkpoint: bool) -> None:
-    """Check the arguments of all stages, with all problems in one message; takes no file and no time."""
-    problems = []
-    for number, stage in enumerate(stages):
-        has_parent = not stage.brings_own_weights and (starts_from_checkpoint or number > 0 or bool(stage.start_from))
-        try:
-            resolve_stage(stage, has_parent=has_parent)
-        except ArgumentError as error:
-            problems.append(str(error))
-    if problems:
-        raise ArgumentError("\n".join(problems))
 
 
 @task(name="check inputs", cache_policy=NO_CACHE)
@@ -64,6 +52,23 @@ def _iter_checks(
                 yield f"{stage.name}: {name}: ", check, stage.arguments[name]
         if stage.start_from not in (None, PREVIOUS):
             yield f"{stage.name}: start_from: ", resolve_checkpoint, stage.start_from
+        if stage.gate is not None:
+            yield (
+                f"{stage.name}: gate: ",
+                partial(_check_gate, stage.arguments.get("eval_meta_path")),
+                stage.gate.metric,
+            )
+
+
+def _check_gate(eval_meta_path: str | None, metric: str) -> None:
+    if not eval_meta_path:
+        raise ArgumentError(f"on {metric}, but the stage has no eval_meta_path, so nothing is scored. Give it one.")
+    try:
+        scores = ["accuracy", *(f"accuracy/{meta.name}" for meta in load_meta(eval_meta_path))]
+    except DataError:
+        return  # Told already, as the meta file's own problem.
+    if metric not in scores:
+        raise ArgumentError(f"on {metric}, but the held-out sets give only {', '.join(scores)}. Correct one of them.")
 
 
 def _check_model(path: str) -> None:

@@ -4,13 +4,15 @@ The fingerprint covers what changes the result and nothing else (design 11), so 
 inputs find the same directory in the store, whoever runs them, where, and on how many ranks.
 """
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
-from internvl_core.checkpoint.manifest import describe_files
+from internvl_core.checkpoint.manifest import HASH_WORKERS, hash_file
 from internvl_core.checkpoint.store import is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
@@ -19,6 +21,8 @@ from tasks.stage import Stage
 
 COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
 METAS = ("meta_path", "eval_meta_path")
+SET_BY_PIPELINE = ("attempt_dir", "cache_dir", "output_dir")
+"""Directories that an attempt gets from its workspace."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,19 @@ class StagePlan:
     fingerprint: str
 
 
+def check_stage_arguments(stages: list[Stage], *, starts_from_checkpoint: bool) -> None:
+    """Check the arguments of all stages, with all problems in one message; takes no file and no time."""
+    problems = []
+    for number, stage in enumerate(stages):
+        has_parent = not stage.brings_own_weights and (starts_from_checkpoint or number > 0 or bool(stage.start_from))
+        try:
+            resolve_stage(stage, has_parent=has_parent)
+        except ArgumentError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentError("\n".join(problems))
+
+
 def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
     """Resolve and check a stage's arguments; needs neither files nor hardware.
 
@@ -42,6 +59,7 @@ def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
     if has_parent:
         given["model_name_or_path"] = stage.start_from or "the previous stage"
     try:
+        _check_directories(given)
         values = resolve_arguments(given)
         check_arguments(values, entry=stage.entry)
     except ArgumentError as error:
@@ -66,10 +84,27 @@ def plan_stage(stage: Stage, start_from: CheckpointRef | None) -> StagePlan:
     return StagePlan(stage, values, start_from, digest_json(content))
 
 
+def _check_directories(given: Mapping[str, Any]) -> None:
+    problems = [
+        f"{name}: {given[name]} would be ignored: the pipeline puts it into the recipe's workspace. Leave it out."
+        for name in SET_BY_PIPELINE
+        if given.get(name) is not None
+    ]
+    if problems:
+        raise ArgumentError("\n".join(problems))
+
+
 def _digest_component(path: str) -> str:
     """Digest a local folder or a checkpoint by content; a hub id is its own name."""
     if is_checkpoint_uri(path):
         return resolve_checkpoint(path).digest
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir():
         return path
-    return digest_json([[entry.path, entry.size_bytes, entry.sha256] for entry in describe_files(Path(path))])
+    # Links are followed, unlike in a checkpoint: a folder of the hub's cache has nothing else.
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(HASH_WORKERS) as pool:
+        digests = pool.map(hash_file, files)
+    return digest_json(
+        [[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, digests, strict=True)]
+    )

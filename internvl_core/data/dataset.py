@@ -83,7 +83,8 @@ class SupervisedDataset(Dataset[Sample]):
         self._encoding = encoding
         self._max_seq_length = max_seq_length
         self._seed = seed
-        self._epoch = 0
+        # Shared, because workers that outlive an epoch hold a copy of the dataset.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._files = [RecordFile(meta) for meta in datasets]
         self._positions = [
             (number, position)
@@ -109,7 +110,7 @@ class SupervisedDataset(Dataset[Sample]):
             quality = None
             if file.meta.data_augment:
                 quality = draw_jpeg_quality(
-                    seed=self._seed, epoch=self._epoch, sample_id=record.sample_id, image_index=image_index
+                    seed=self._seed, epoch=int(self._epoch), sample_id=record.sample_id, image_index=image_index
                 )
             tiles.append(_load_tiles(file.meta.root, name, tiling, record.where, jpeg_quality=quality))
         encoded = self._encode(record, [len(image_tiles) for image_tiles in tiles])
@@ -131,8 +132,8 @@ class SupervisedDataset(Dataset[Sample]):
         return [measured[key] for key in self._positions]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the augmentation is drawn for; call it before the workers start."""
-        self._epoch = epoch
+        """Choose the epoch that the augmentation is drawn for."""
+        self._epoch.fill_(epoch)
 
     def _measure(self, number: int, position: int) -> int:
         file = self._files[number]
@@ -155,30 +156,6 @@ class SupervisedDataset(Dataset[Sample]):
                 f"{self._max_seq_length}. Raise it, lower max_dynamic_patch or shorten the record."
             )
         return encoded
-
-
-def build_dataset(
-    meta_path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    tiling: Tiling,
-    *,
-    conv_style: str,
-    max_seq_length: int,
-    tokens_per_tile: int,
-    seed: int,
-) -> SupervisedDataset:
-    """Build the training set of a stage from its meta file.
-
-    Args:
-        tokens_per_tile: what a tile costs after the pixel shuffle: (side / patch side x ratio) squared.
-        seed: draws the subset of a fractional `repeat_time` and the augmentation.
-
-    Raises:
-        DataError: the meta file or an annotation file is wrong.
-        ArgumentError: `conv_style` is not built yet, or the tokenizer lacks InternVL's tokens.
-    """
-    encoding = Encoding(tokenizer, tiling, conv_style, tokens_per_tile)
-    return SupervisedDataset(load_meta(meta_path), encoding, max_seq_length=max_seq_length, seed=seed)
 
 
 def select_positions(meta: DatasetMeta, num_records: int, *, seed: int) -> list[int]:

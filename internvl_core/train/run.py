@@ -267,7 +267,8 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
     """Write failure.json and leave at once; the supervisor ends the other ranks."""
     if isinstance(error, SystemExit) and not error.code:
         return
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    # torch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         error = OutOfMemory(f"{error}. Lower per_device_train_batch_size or max_dynamic_patch.")
     failure = StageFailure.from_exception(error, rank=_rank())
     if attempt_dir is not None:

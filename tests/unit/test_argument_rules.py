@@ -281,6 +281,7 @@ def test_what_is_built_passes(changes: dict[str, Any]) -> None:
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: 2, but dataloader_num_workers is 0"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: True, but"),
         ({"save_steps": 2.5}, "save_steps: 2.5 is no number of steps"),
+        ({"deepspeed": "zero3", "eval_meta_path": "held_out.json"}, "eval_meta_path: does not work under ZeRO-3 yet"),
         ({"deepspeed": "zero7"}, "deepspeed: 'zero7' is neither a built-in name nor a readable file"),
         ({"deepspeed": "zero1", "optim": "sgd"}, "optim: sgd, but the deepspeed configuration brings its own AdamW"),
     ],

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from internvl_core.data.conversation import IMAGE_CONTEXT
 from internvl_core.data.dataset import (
     Encoding,
     SupervisedDataset,
-    build_dataset,
     encode_question,
     load_questions,
     select_positions,
 )
-from internvl_core.data.meta import DatasetMeta
+from internvl_core.data.meta import DatasetMeta, load_meta
 from internvl_core.data.tiling import Tiling
 from internvl_core.errors import ArgumentError, DataError, MediaError
 
@@ -46,15 +46,8 @@ def write_meta(folder: Path, datasets: dict[str, list[dict[str, Any]]], **entry:
 
 
 def build(path: Path, *, max_seq_length: int = 512, seed: int = 0, tiling: Tiling = TILING) -> SupervisedDataset:
-    return build_dataset(
-        path,
-        TOKENIZER,
-        tiling,
-        conv_style="internvl2_5",
-        max_seq_length=max_seq_length,
-        tokens_per_tile=TOKENS_PER_TILE,
-        seed=seed,
-    )
+    encoding = Encoding(TOKENIZER, tiling, "internvl2_5", TOKENS_PER_TILE)
+    return SupervisedDataset(load_meta(path), encoding, max_seq_length=max_seq_length, seed=seed)
 
 
 def test_every_sample_has_one_run_of_context_tokens_per_tile(tmp_path: Path) -> None:
@@ -107,6 +100,18 @@ def test_augmentation_differs_by_epoch_and_repeats_exactly(tmp_path: Path) -> No
     second = torch.stack([dataset[index]["tiles"] for index in range(8)])
     assert not torch.equal(first, second)
     assert torch.equal(first, torch.stack([again[index]["tiles"] for index in range(8)]))
+
+
+def test_workers_that_outlive_an_epoch_hear_of_the_next(tmp_path: Path) -> None:
+    dataset = build(write_meta(tmp_path, {"a": [record("1.png")]}, data_augment=True, repeat_time=1))
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    tiles = []
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        tiles.append(next(iter(loader))["tiles"])
+    assert not tiles[0].equal(tiles[1])
 
 
 def test_an_over_long_sample_is_refused_and_not_cut(tmp_path: Path) -> None:

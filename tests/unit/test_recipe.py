@@ -12,8 +12,7 @@ from flows.overrides import apply_override, parse_overrides
 from flows.recipe import Recipe, list_recipes, load_recipe
 from flows.strict_yaml import parse_yaml
 from internvl_core.errors import ArgumentError
-from tasks.check_inputs import check_stage_arguments
-from tasks.stage_plan import resolve_stage
+from tasks.stage_plan import check_stage_arguments, resolve_stage
 
 RECIPE: dict[str, Any] = {
     "name": "small",

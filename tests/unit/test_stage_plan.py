@@ -12,9 +12,8 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError, CheckpointNotFound, DataError
-from tasks.check_inputs import check_stage_arguments
 from tasks.stage import Launcher, Stage
-from tasks.stage_plan import plan_stage, resolve_stage
+from tasks.stage_plan import check_stage_arguments, plan_stage, resolve_stage
 
 PARENT = CheckpointRef("file:///store/stage1-0/data/4", "0" * 64)
 
@@ -61,7 +60,6 @@ def fingerprint(inputs: Path, **changes: Any) -> str:
     "changes",
     [
         {"logging_steps": 1},
-        {"output_dir": "/elsewhere"},
         {"save_strategy": "steps", "save_steps": 2},
         {"report_to": "tensorboard"},
         {"grad_checkpoint": False},
@@ -119,6 +117,23 @@ def test_other_bytes_in_data_or_components_are_another_stage(
     inputs: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     assert fingerprint(write_inputs(tmp_path, **change)) != fingerprint(inputs)
+
+
+def test_a_component_in_the_hub_cache_counts_by_what_its_links_lead_to(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0").write_bytes(b"weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/model.safetensors").symlink_to("../blobs/0")
+    linked = fingerprint(inputs, vision_path=str(tmp_path / "snapshot"))
+    assert linked == fingerprint(inputs)
+    (tmp_path / "blobs/0").write_bytes(b"other")
+    assert fingerprint(inputs, vision_path=str(tmp_path / "snapshot")) != linked
+
+
+@pytest.mark.parametrize("name", ["output_dir", "cache_dir", "attempt_dir"])
+def test_a_directory_that_the_pipeline_sets_is_refused_in_a_recipe(inputs: Path, name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^arguments of stage1: {name}: /elsewhere would be ignored"):
+        resolve_stage(build_stage(inputs, **{name: "/elsewhere"}), has_parent=False)
 
 
 def test_a_held_out_set_is_part_of_the_stage(inputs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""The files of an attempt: whole or not there."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvl_core.contract import write_json_atomically
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "progress.json"
+    write_json_atomically(path, {"offset": 1})
+    before = path.read_bytes()
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json_atomically(path, {"offset": 2})
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
