@@ -129,7 +129,7 @@ def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
     if unknown:
         raise CheckpointCorrupt(f"{directory / min(unknown)}: not named by the manifest of its checkpoint.")
     with ThreadPoolExecutor(HASH_WORKERS) as pool:
-        for entry, found in zip(entries, pool.map(lambda entry: _hash(root / entry.path), entries), strict=True):
+        for entry, found in zip(entries, pool.map(lambda entry: hash_file(root / entry.path), entries), strict=True):
             if found != entry.sha256:
                 raise CheckpointCorrupt(
                     f"{directory / entry.path}: sha256 is {found}, the manifest says {entry.sha256}."
@@ -150,7 +150,7 @@ def _iter_paths(root: Path) -> Iterator[str]:
 
 
 def _describe(root: Path, path: str) -> FileEntry:
-    return FileEntry(path=path, size_bytes=(root / path).stat().st_size, sha256=_hash(root / path))
+    return FileEntry(path=path, size_bytes=(root / path).stat().st_size, sha256=hash_file(root / path))
 
 
 def _check_size(root: Path, entry: FileEntry, *, where: str) -> None:
@@ -169,7 +169,8 @@ def _check_path(path: str, *, where: str) -> None:
         raise CheckpointCorrupt(f"{where}: names the file {path!r}, which is not a plain path below its directory.")
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Sha256 (hex) of a file's bytes, links followed."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):

@@ -10,7 +10,7 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.errors import ArgumentError, CheckpointNotFound, DataError
 from tasks.check_inputs import check_inputs
-from tasks.stage import Stage
+from tasks.stage import Gate, Stage
 
 
 def build_stage(name: str = "stage1", *, start_from: str | None = None, **arguments: Any) -> Stage:
@@ -78,6 +78,26 @@ def test_a_checkpoint_to_start_from_must_be_committed(tmp_path: Path, place: str
 
 def test_a_start_from_the_stage_before_has_nothing_to_be_looked_at(tmp_path: Path) -> None:
     check(tmp_path, build_stage(start_from="previous"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "problem"),
+    [("accuracy", None), ("accuracy/a", None), ("accuracy/b", r"held-out sets give only accuracy, accuracy/a\.")],
+)
+def test_a_gate_on_what_is_not_scored_is_refused(tmp_path: Path, metric: str, problem: str | None) -> None:
+    stage = build_stage(eval_meta_path=str(write_meta(tmp_path, length=1)))
+    gated = stage.model_copy(update={"gate": Gate(metric=metric, at_least=0.9)})
+    if problem is None:
+        check(tmp_path, gated)
+        return
+    with pytest.raises(ArgumentError, match=rf"^stage1: gate: on {metric}, but the {problem}"):
+        check(tmp_path, gated)
+
+
+def test_a_gate_without_a_held_out_set_is_refused(tmp_path: Path) -> None:
+    gated = build_stage().model_copy(update={"gate": Gate(metric="accuracy", at_least=0.9)})
+    with pytest.raises(ArgumentError, match=r"^stage1: gate: on accuracy, but the stage has no eval_meta_path"):
+        check(tmp_path, gated)
 
 
 def test_a_relative_store_is_refused(tmp_path: Path) -> None:
