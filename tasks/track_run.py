@@ -101,6 +101,11 @@ class RunTracker:
             return None
         return build_run_url(self._tracking_uri, progress.experiment_id, progress.run_id)
 
+    @property
+    def address(self) -> str:
+        """Where a person finds the run: its page, or the tracking URI where there is none; never with a password."""
+        return self.run_url or _hide_password(self._tracking_uri)
+
     def start_stage(
         self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str], metrics_path: Path
     ) -> None:
