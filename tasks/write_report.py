@@ -14,11 +14,9 @@ from string import Template
 from urllib.parse import urlsplit
 
 from tasks.report_figures import LossCurve, Scores, draw_losses, draw_scores
-from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, render_table, stage_rows
+from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, stage_rows
 from tasks.tracking_spool import read_rows
 from tasks.trained_stage import TrainedStage
-
-__all__ = ["render_table", "write_report"]
 
 ACCURACY = "accuracy"
 LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "prefect", "mlflow")
@@ -50,7 +48,7 @@ def write_report(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page)
+    temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
 

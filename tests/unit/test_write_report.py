@@ -12,9 +12,9 @@ from rich.console import Console
 
 from internvl_core.contract import CheckpointRef, StageResult
 from tasks.report_figures import LossCurve, draw_losses
-from tasks.stage_table import COLUMNS, format_count, format_duration, stage_rows
+from tasks.stage_table import COLUMNS, format_count, format_duration, render_table, stage_rows
 from tasks.trained_stage import TrainedStage
-from tasks.write_report import render_table, write_report
+from tasks.write_report import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
