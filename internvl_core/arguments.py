@@ -92,7 +92,7 @@ class DataTrainingArguments:
     """How records become token sequences and tiles."""
 
     max_seq_length: int = field(
-        default=8192, metadata=_help("Longest sequence in tokens, image tokens included; longer ones are cut.")
+        default=8192, metadata=_help("Longest sequence in tokens, image tokens included; a longer sample is refused.")
     )
     force_image_size: int = field(default=448, metadata=_help("Side of a tile in pixels."))
     down_sample_ratio: float = field(

@@ -2,7 +2,7 @@
 
 Text of an annotation is never held in memory: a `RecordFile` knows where each line lies and reads
 it when asked. A record that comes out of here is sound: roles alternate, every image has exactly
-one `<image>` tag, no text forges a special token. What is not understood is refused.
+one `<image>` tag, no text forges an image or a turn. What is not understood is refused.
 """
 
 import difflib
