@@ -13,8 +13,11 @@ LOCK_FILE = "lock"
 
 
 @contextmanager
-def hold_stage(attempts_dir: Path) -> Iterator[None]:
-    """Hold the directory of a stage's attempts; the kernel lets go when this process dies.
+def hold_stage(attempts_dir: Path) -> Iterator[int]:
+    """Hold the directory of a stage's attempts.
+
+    Yields the descriptor of the lock. The kernel lets go when nobody has it open any more: a
+    supervisor that inherits it keeps the stage while its ranks still save for a flow that is dead.
 
     Raises:
         LeaseHeld: another run trains the very same stage in the same workspace.
@@ -32,4 +35,4 @@ def hold_stage(attempts_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         file.flush()
-        yield
+        yield file.fileno()

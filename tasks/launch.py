@@ -83,8 +83,13 @@ def _is_passable(item: str) -> bool:
         return False
 
 
-def launch_stage(stage: StageFile, attempt_dir: Path) -> "RunningStage":
+def launch_stage(stage: StageFile, attempt_dir: Path, *, lock: int | None = None) -> "RunningStage":
     """Write stage.json and start the stage; the attempt's directory is made if need be.
+
+    Args:
+        stage: what to train.
+        attempt_dir: where the files of the process boundary go.
+        lock: descriptor that stays open until the supervisor is gone (`hold_stage`).
 
     Raises:
         ArgumentError: see `build_command`; nothing was started.
@@ -93,10 +98,12 @@ def launch_stage(stage: StageFile, attempt_dir: Path) -> "RunningStage":
     command = build_command(stage, attempt_dir)
     attempt_dir.mkdir(parents=True, exist_ok=True)
     stage.write(attempt_dir)
-    return launch_command(command, attempt_dir, stage.save_budget_s)
+    return launch_command(command, attempt_dir, stage.save_budget_s, lock=lock)
 
 
-def launch_command(command: Sequence[str], attempt_dir: Path, save_budget_s: float) -> "RunningStage":
+def launch_command(
+    command: Sequence[str], attempt_dir: Path, save_budget_s: float, *, lock: int | None = None
+) -> "RunningStage":
     """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
     supervisor = [sys.executable, "-m", "internvl_core.supervisor"]
     options = [f"--attempt-dir={attempt_dir}", f"--save-budget={save_budget_s}"]
@@ -107,6 +114,7 @@ def launch_command(command: Sequence[str], attempt_dir: Path, save_budget_s: flo
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
     logger.info("supervisor %d runs %s", process.pid, shlex.join(command))
     return RunningStage(process, attempt_dir, save_budget_s)

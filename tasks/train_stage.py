@@ -72,10 +72,12 @@ def train_stage(
             trained = _find_trained(stage, *handover, attempts_dir)
             tracked.update(trained.result.metrics)
         return trained
-    with hold_stage(attempts_dir):
+    with hold_stage(attempts_dir) as lock:
         attempt_dir = _make_attempt_dir(attempts_dir)
         with _track(tracker, plan, store.uri, attempt_dir, is_fresh=is_fresh) as tracked:
-            result = _run_attempt(plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh)
+            result = _run_attempt(
+                plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh, lock=lock
+            )
             tracked.update(result.metrics)
     return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
 
@@ -117,20 +119,15 @@ def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any
 
 
 def _make_attempt_dir(attempts_dir: Path) -> Path:
-    """Make the next numbered directory; two runs at once get different ones."""
-    attempts_dir.mkdir(parents=True, exist_ok=True)
+    """Make the next numbered directory; for the holder of the stage."""
     number = 1 + max((int(path.name) for path in attempts_dir.iterdir() if path.name.isdigit()), default=0)
-    while True:
-        try:
-            (attempts_dir / str(number)).mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return attempts_dir / str(number)
+    attempt_dir = attempts_dir / str(number)
+    attempt_dir.mkdir()
+    return attempt_dir
 
 
 def _run_attempt(
-    plan: StagePlan, attempt_dir: Path, *, store_uri: str, workspace: Path, can_resume: bool
+    plan: StagePlan, attempt_dir: Path, *, store_uri: str, workspace: Path, can_resume: bool, lock: int
 ) -> StageResult:
     stage = plan.stage
     stage_file = StageFile(
@@ -153,7 +150,7 @@ def _run_attempt(
     logger = get_run_logger()
     logger.info("%s: starting %d ranks; log in %s", stage.name, stage.launcher.world_size, attempt_dir)
     progress = StageProgress(stage.name)
-    with launch_stage(stage_file, attempt_dir) as running:
+    with launch_stage(stage_file, attempt_dir, lock=lock) as running:
         for line in running.iter_metrics():
             progress.show(line)
         return running.result()

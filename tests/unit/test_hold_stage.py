@@ -9,6 +9,7 @@ import pytest
 
 from internvl_core.errors import LeaseHeld
 from tasks.hold_stage import hold_stage
+from tasks.launch import launch_command
 
 
 def test_a_stage_that_is_held_is_refused_with_its_holder(tmp_path: Path) -> None:
@@ -36,3 +37,16 @@ def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
     with hold_stage(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
+
+
+def test_a_stage_stays_held_while_the_supervisor_of_a_lost_flow_works(tmp_path: Path) -> None:
+    attempt_dir = tmp_path / "1"
+    attempt_dir.mkdir()
+    with hold_stage(tmp_path) as lock:
+        running = launch_command(["sleep", "60"], attempt_dir, save_budget_s=5, lock=lock)
+    with running:
+        with pytest.raises(LeaseHeld), hold_stage(tmp_path):
+            pytest.fail("the stage was free")
+        running.stop()
+    with hold_stage(tmp_path):
+        assert running.poll() is not None
