@@ -93,6 +93,19 @@ def check(
     typer.echo(f"{loaded.name}: {len(loaded.stages)} stages, all arguments are right.")
 
 
+@app.command()
+def replay(
+    spool: Annotated[Path, typer.Argument(help="Directory that a warning of a run named: <workspace>/tracking/<id>.")],
+    tracking_uri: Annotated[str, typer.Argument(help="MLflow: the recipe's tracking_uri, or another one.")],
+) -> None:
+    """Record in MLflow what a run could not deliver, because MLflow was down when it ended."""
+    from tasks.track_run import replay as deliver
+
+    if not deliver(spool, tracking_uri):
+        raise typer.Exit(1)
+    typer.echo(f"{spool}: all of it is in MLflow.")
+
+
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
     try:

@@ -11,14 +11,16 @@ with the same key, or `replay`, goes on.
 
 import logging
 import re
+import shlex
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from internvl_core.errors import ArgumentError
 from tasks.mlflow_delivery import MlflowDelivery, build_run_url
-from tasks.tracking_spool import Progress, TrackingSpool
+from tasks.tracking_spool import EVENTS_FILE, Progress, TrackingSpool
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -205,11 +207,11 @@ def replay(spool_dir: Path, tracking_uri: str) -> bool:
         True if all was delivered. Else a warning has said what is left and why.
 
     Raises:
-        FileNotFoundError: there is no spool in the directory.
+        ArgumentError: there is no spool in the directory.
     """
     spool = TrackingSpool(spool_dir)
     if not spool.exists():
-        raise FileNotFoundError(f"{spool_dir} holds no spool of a tracked run (no events.jsonl in it).")
+        raise ArgumentError(f"{spool_dir}: holds no spool of a tracked run (no {EVENTS_FILE} in it). Correct the path.")
     try:
         MlflowDelivery(tracking_uri, spool).deliver()
     except Exception as error:  # noqa: BLE001  MLflow, requests and SQLAlchemy share no base class
@@ -226,11 +228,12 @@ def _warn_of_backlog(spool: TrackingSpool, tracking_uri: str, reason: str = "no 
         left = f"Events and rows that cannot be counted ({error})"
     server = _hide_password(tracking_uri)
     logger.warning(
-        "%s did not get into MLflow at %s (%s). What there is of them is kept in %s and can be replayed.",
+        "%s did not get into MLflow at %s (%s). They are kept: internvl replay %s %s",
         left,
         server,
         reason,
-        spool.directory,
+        shlex.quote(str(spool.directory)),
+        shlex.quote(server),
     )
 
 

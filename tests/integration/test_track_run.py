@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from internvl_core.errors import ArgumentError
 from tasks.track_run import RunTracker, replay
 
 pytestmark = pytest.mark.integration
@@ -344,7 +345,7 @@ def test_the_address_that_people_are_shown_has_no_password(refusing_server: str,
 
 
 def test_a_replay_of_a_directory_without_a_spool_is_refused(tmp_path: Path, database: str) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no spool"):
+    with pytest.raises(ArgumentError, match="holds no spool"):
         replay(tmp_path, database)
 
 

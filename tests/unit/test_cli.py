@@ -45,6 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             "ArgumentError: arguments of stage2: max_step: no such argument. Nearest: max_steps.",
         ),
         ("check smoke --set workspace=3", "ArgumentError: recipe smoke: workspace: 3: Input should be a valid string."),
+        ("replay /nowhere sqlite:////x.db", "ArgumentError: /nowhere: holds no spool of a tracked run"),
         ("", "internvl: Missing command. See internvl --help."),
         ("fly", "internvl: No such command 'fly'. See internvl --help."),
         ("run", "internvl: Missing parameter: recipe. See internvl --help."),
@@ -73,6 +74,14 @@ def test_an_error_keeps_the_exit_code_of_its_class(run: Run, monkeypatch: pytest
 
     monkeypatch.setattr("flows.recipe.load_recipe", fail)
     assert run("check", "smoke") == (69, "", "StoreUnavailable: s3://b does not answer.\n")
+
+
+@pytest.mark.parametrize(("is_delivered", "code"), [(True, 0), (False, 1)])
+def test_a_replay_says_by_its_exit_code_whether_all_arrived(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_delivered: bool, code: int
+) -> None:
+    monkeypatch.setattr("tasks.track_run.replay", lambda *_: is_delivered)
+    assert run("replay", str(tmp_path), "sqlite:////x.db")[0] == code
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
