@@ -106,7 +106,7 @@ class RunTracker:
     @property
     def address(self) -> str:
         """Where a person finds the run: its page, or the tracking URI where there is none; never with a password."""
-        return self.run_url or _hide_password(self._tracking_uri)
+        return self.run_url or hide_password(self._tracking_uri)
 
     def start_stage(
         self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str], metrics_path: Path
@@ -191,12 +191,12 @@ class RunTracker:
         if error is not None and not self._is_failing:
             logger.warning(
                 "MLflow at %s does not take the run's data (%s). It waits in %s and is sent again; training goes on.",
-                _hide_password(self._tracking_uri),
+                hide_password(self._tracking_uri),
                 _describe(error),
                 self._spool.directory,
             )
         elif error is None and self._is_failing:
-            logger.info("MLflow at %s takes the run's data again.", _hide_password(self._tracking_uri))
+            logger.info("MLflow at %s takes the run's data again.", hide_password(self._tracking_uri))
         self._is_failing = error is not None
 
 
@@ -226,7 +226,7 @@ def _warn_of_backlog(spool: TrackingSpool, tracking_uri: str, reason: str = "no 
         left = f"{backlog.events} events and {backlog.rows} rows of metrics"
     except OSError as error:
         left = f"Events and rows that cannot be counted ({error})"
-    server = _hide_password(tracking_uri)
+    server = hide_password(tracking_uri)
     logger.warning(
         "%s did not get into MLflow at %s (%s). They are kept: internvl replay %s %s",
         left,
@@ -238,8 +238,9 @@ def _warn_of_backlog(spool: TrackingSpool, tracking_uri: str, reason: str = "no 
 
 
 def _describe(error: Exception) -> str:
-    return _hide_password(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
+    return hide_password(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
 
 
-def _hide_password(text: str) -> str:
+def hide_password(text: str) -> str:
+    """Take the user and password out of every address in a text."""
     return re.sub(r"//[^/@\s]+@", "//", text)
