@@ -87,7 +87,7 @@ class StageFile(_AtomicFile):
     store_uri: str
     start_from: CheckpointRef | None
     resume: bool
-    """Resume from the newest verified checkpoint of this very fingerprint, if there is one."""
+    """Resume from any run's newest checkpoint of this fingerprint; False: from this run's own only, as a retry does."""
     save_budget_s: float
 
     @classmethod

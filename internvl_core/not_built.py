@@ -107,6 +107,8 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
         "this order is not built. Use random or group_by_length",
         ("random", "group_by_length"),
     ),
+    NotBuilt(("run_name",), "a run is named after its recipe. Leave it out"),
+    NotBuilt(("ignore_data_skip",), "a resumed stage goes on in the order of its data. Leave it out"),
     NotBuilt(("length_column_name",), "lengths come from the data set itself. Leave it out"),
     NotBuilt(("label_names",), "a batch's labels are always called labels. Leave it out", (None, ["labels"])),
     NotBuilt(

@@ -11,6 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from internvl_core.checkpoint.store import StageStore, read_file
@@ -65,33 +66,38 @@ def train_stage(
     plan = plan_stage(stage, start_from)
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
+    run_id = flow_run.id or uuid.uuid4().hex
     handover = None if is_fresh else store.find_handover()
-    if handover is not None:
-        attempts_dir.mkdir(parents=True, exist_ok=True)
-        with _track(tracker, plan, store.uri, attempts_dir, is_fresh=False) as tracked:
-            trained = _find_trained(stage, *handover, attempts_dir)
-            tracked.update(trained.result.metrics)
-        return trained
-    with hold_stage(attempts_dir) as lock:
-        attempt_dir = _make_attempt_dir(attempts_dir)
-        with _track(tracker, plan, store.uri, attempt_dir, is_fresh=is_fresh) as tracked:
-            result = _run_attempt(
-                plan, attempt_dir, store_uri=store_uri, workspace=workspace, can_resume=not is_fresh, lock=lock
-            )
-            tracked.update(result.metrics)
-    return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
+    if handover is None:
+        with hold_stage(attempts_dir) as lock:
+            # Another run may have finished it since.
+            handover = None if is_fresh else store.find_handover()
+            if handover is None:
+                attempt_dir = _make_attempt_dir(attempts_dir)
+                stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
+                with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
+                    result = _run_attempt(stage_file, attempt_dir, lock)
+                    tracked.update(result.metrics)
+                return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
+    attempts_dir.mkdir(parents=True, exist_ok=True)
+    with _track(tracker, plan, store.uri, attempts_dir, curve="") as tracked:
+        trained = _find_trained(stage, *handover, attempts_dir)
+        tracked.update(trained.result.metrics)
+    return trained
 
 
 @contextmanager
 def _track(
-    tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, is_fresh: bool
+    tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, curve: str
 ) -> Iterator[dict[str, float]]:
-    """Track a stage; its caller fills in the metrics of the result."""
+    """Track a stage; its caller fills in the metrics of the result.
+
+    A stage trained afresh is another `curve`; one that is resumed goes on with its own.
+    """
     name = plan.stage.name
     tracker.start_stage(
         name,
-        # A stage trained afresh is another curve; one that is resumed goes on with its own.
-        key=f"{name}-{plan.fingerprint}" + (f"-{uuid.uuid4().hex[:8]}" if is_fresh else ""),
+        key=f"{name}-{plan.fingerprint}{curve}",
         params=plan.values,
         tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store_uri},
         metrics_path=directory / METRICS_FILE,
@@ -126,30 +132,32 @@ def _make_attempt_dir(attempts_dir: Path) -> Path:
     return attempt_dir
 
 
-def _run_attempt(
-    plan: StagePlan, attempt_dir: Path, *, store_uri: str, workspace: Path, can_resume: bool, lock: int
-) -> StageResult:
-    stage = plan.stage
-    stage_file = StageFile(
-        run_id=uuid.uuid4().hex,
-        stage=stage.name,
+def _describe(
+    plan: StagePlan, attempt_dir: Path, run_id: str, store_uri: str, workspace: Path, *, can_resume: bool
+) -> StageFile:
+    return StageFile(
+        run_id=run_id,
+        stage=plan.stage.name,
         attempt=int(attempt_dir.name),
         fingerprint=plan.fingerprint,
-        entry=stage.entry,
+        entry=plan.stage.entry,
         arguments={
             **{name: value for name, value in plan.values.items() if value is not None},
             "output_dir": str(attempt_dir / "output"),
             "cache_dir": str(workspace / "cache"),
         },
-        launcher=stage.launcher.model_dump(),
+        launcher=plan.stage.launcher.model_dump(),
         store_uri=store_uri,
         start_from=plan.start_from,
         resume=can_resume,
-        save_budget_s=stage.save_budget_s,
+        save_budget_s=plan.stage.save_budget_s,
     )
-    logger = get_run_logger()
-    logger.info("%s: starting %d ranks; log in %s", stage.name, stage.launcher.world_size, attempt_dir)
-    progress = StageProgress(stage.name)
+
+
+def _run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageResult:
+    num_ranks = stage_file.launcher["nnodes"] * stage_file.launcher["nproc_per_node"]
+    get_run_logger().info("%s: starting %d ranks; log in %s", stage_file.stage, num_ranks, attempt_dir)
+    progress = StageProgress(stage_file.stage)
     with launch_stage(stage_file, attempt_dir, lock=lock) as running:
         for line in running.iter_metrics():
             progress.show(line)

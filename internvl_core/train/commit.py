@@ -55,10 +55,12 @@ class StageCommits:
         }
 
     def find_newest(self) -> Committed | None:
-        """Fetch the newest checkpoint of this stage that verifies; say which were passed over and why."""
+        """Fetch the newest checkpoint that this attempt may resume from; say which did not verify and why."""
         for checkpoint in self._iter_checkpoints():
             try:
                 manifest = read_manifest(checkpoint)
+                if not self._stage.resume and manifest.info["run_id"] != self._stage.run_id:
+                    continue
                 path = fetch(checkpoint, self._cache_dir)
             except CheckpointCorrupt as error:
                 logger.warning("Passed over a checkpoint: %s", error)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from internvl_core.data.collate import SampleCollator
 from internvl_core.data.dataset import Encoding, SupervisedDataset
 from internvl_core.data.meta import load_meta
 from internvl_core.data.tiling import Tiling
-from internvl_core.errors import InternVLError, OutOfMemory, Preempted
+from internvl_core.errors import DataError, InternVLError, OutOfMemory, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
@@ -121,11 +122,18 @@ class StageRun:
         return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
 
     def _find_newest(self) -> Committed | None:
-        """Ask the store on rank 0 of each node; on the others the copy is there already."""
-        if self._commits is None or self._stage is None or not self._stage.resume:
+        """Let rank 0 choose for all: a commit between two looks would send ranks to different steps."""
+        if self._commits is None:
             return None
-        with self._arguments.training.main_process_first(desc="looking for a checkpoint to resume from"):
-            return self._commits.find_newest()
+        chosen = [self._commits.find_newest() if self._is_rank_zero else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen)
+        newest = chosen[0]
+        if newest is None:
+            return None
+        with self._arguments.training.main_process_first(desc="fetching the checkpoint to resume from"):
+            path = newest.path if self._is_rank_zero else fetch(newest.checkpoint, self._cache_dir)
+        return replace(newest, path=path)
 
     def _build_model(self) -> LoadedModel:
         arguments = self._arguments
@@ -236,6 +244,8 @@ def _settle(arguments: Arguments) -> None:
     training = arguments.training
     training.remove_unused_columns = False
     training.label_names = ["labels"]
+    if training.save_total_limit is not None:
+        logger.warning("save_total_limit: only local copies are pruned; what is committed stays in the store.")
     if training.disable_tqdm is None:
         # The log is a file, and metrics.jsonl is what progress is shown from.
         training.disable_tqdm = True
@@ -270,6 +280,8 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         error = OutOfMemory(f"{error}. Lower per_device_train_batch_size or max_dynamic_patch.")
+    if isinstance(error, DataError):
+        error = _unwrap_worker_error(error)
     failure = StageFailure.from_exception(error, rank=_rank())
     if attempt_dir is not None:
         with suppress(OSError):  # a full disk must not hide the cause, which is logged below
@@ -280,6 +292,14 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
         logger.error("%s", failure.message, exc_info=error)
     # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
     _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+
+
+def _unwrap_worker_error(error: DataError) -> DataError:
+    """Find the message of a data loader's worker, which torch wraps in the worker's whole traceback."""
+    _, is_wrapped, traceback = str(error).partition("Original Traceback")
+    if not is_wrapped:
+        return error
+    return type(error)(traceback.strip().splitlines()[-1].partition(": ")[2])
 
 
 def _leave(exit_code: int) -> NoReturn:
