@@ -4,7 +4,14 @@ import uuid
 from collections.abc import Iterator
 
 import fsspec
+import hypothesis
 import pytest
+
+# What a property says does not depend on how busy the machine is.
+hypothesis.settings.register_profile(
+    "machine independent", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("machine independent")
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_a_report_that_cannot_be_written_hides_no_error(
     monkeypatch.setattr(flow_stages, "show_stages", lambda *_, **__: None)
 
     class Tracker:
-        run_url = None
+        address = "sqlite:///mlflow.db"
 
     with pytest.raises(DataError, match=r"a\.jsonl:3"), flow_stages._report(result, Tracker()):  # type: ignore[arg-type]
         raise DataError("a.jsonl:3: no image")
