@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.tracking_spool import Progress, StageProgress, TrackingSpool, read_rows
+from tasks.tracking_spool import Progress, StageDelivery, TrackingSpool, read_rows
 
 KEY_TAG = "internvl.key"
 PARENT_TAG = "mlflow.parentRunId"
@@ -108,7 +108,7 @@ class MlflowDelivery:
             self._pump(stage)  # The attempt before may have left rows that nobody delivered.
         run_id = self._ensure_run(event, name=event["name"], parent_id=self._progress.run_id)
         if stage is None:
-            stage = self._progress.stages[event["key"]] = StageProgress(event["name"], run_id, None)
+            stage = self._progress.stages[event["key"]] = StageDelivery(event["name"], run_id, None)
         stage.metrics_path = event["metrics_path"]
 
     def _finish_stage(self, event: Mapping[str, Any]) -> None:
@@ -131,11 +131,11 @@ class MlflowDelivery:
                 self._end_stage(stage, event)
         self._client.set_terminated(self._progress.run_id, event["status"], _milliseconds(event))
 
-    def _end_stage(self, stage: StageProgress, event: Mapping[str, Any]) -> None:
+    def _end_stage(self, stage: StageDelivery, event: Mapping[str, Any]) -> None:
         self._client.set_terminated(stage.run_id, event["status"], _milliseconds(event))
         stage.metrics_path = None
 
-    def _pump(self, stage: StageProgress) -> None:
+    def _pump(self, stage: StageDelivery) -> None:
         """Deliver the complete rows of the stage's metrics file, and remember each batch."""
         if stage.metrics_path is None:
             return

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class StageProgress:
+class StageDelivery:
     """How far one stage is delivered into its MLflow run."""
 
     name: str
@@ -49,7 +49,7 @@ class Progress:
     key: str = ""
     run_id: str | None = None
     event_offset: int = 0
-    stages: dict[str, StageProgress] = field(default_factory=dict)
+    stages: dict[str, StageDelivery] = field(default_factory=dict)
     """By the stage's key."""
 
 
@@ -109,7 +109,7 @@ class TrackingSpool:
             content = json.loads(self._progress_path.read_text())
         except FileNotFoundError:
             return Progress()
-        stages = {key: StageProgress(**stage) for key, stage in content.pop("stages").items()}
+        stages = {key: StageDelivery(**stage) for key, stage in content.pop("stages").items()}
         return Progress(**content, stages=stages)
 
     def save_progress(self, progress: Progress) -> None:

@@ -7,7 +7,6 @@ check and fingerprint data without torch.
 """
 
 import difflib
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from internvl_core.checkpoint.manifest import hash_file
 from internvl_core.contract import digest_json
 from internvl_core.errors import DataError
-
-_READ_BYTES = 1 << 20
 
 
 class DatasetEntry(BaseModel):
@@ -89,7 +87,7 @@ def digest_meta(path: str | Path) -> str:
     entries = _read_entries(path)
     return digest_json(
         [
-            {"name": meta.name, "entry": entries[meta.name].model_dump(), "annotation": _digest_file(meta.annotation)}
+            {"name": meta.name, "entry": entries[meta.name].model_dump(), "annotation": hash_file(meta.annotation)}
             for meta in load_meta(path)
         ]
     )
@@ -197,11 +195,3 @@ def _resolve_entry(folder: Path, name: str, entry: DatasetEntry) -> DatasetMeta:
         repeat_time=entry.repeat_time,
         max_dynamic_patch=entry.max_dynamic_patch,
     )
-
-
-def _digest_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
