@@ -40,7 +40,7 @@ from internvl_core.train.trainer import InternVLTrainer
 logger = logging.getLogger(__name__)
 
 
-def main(entry: str, stop_request: StopRequest) -> None:
+def main(entry: str, stop_request: StopRequest, started: float) -> None:
     """Run a stage with the process's command line and exit with the error tree's code."""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
     attempt_dir: Path | None = None
@@ -50,7 +50,7 @@ def main(entry: str, stop_request: StopRequest) -> None:
         arguments = parse_arguments(sys.argv[1:])
         attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
         check_arguments(arguments.to_values(), entry=entry)
-        StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request).run()
+        StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request, started).run()
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
@@ -65,8 +65,11 @@ class StageRun:
     Without a stage.json (a bare torchrun by hand) nothing is committed; the weights end up in `output_dir`.
     """
 
-    def __init__(self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest) -> None:
-        self._started = time.monotonic()
+    def __init__(
+        self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest, started: float
+    ) -> None:
+        # On the monotonic clock, before the seconds of imports, which are setup too.
+        self._started = started
         self._arguments = arguments
         self._stage = stage
         self._stop_request = stop_request
