@@ -1,11 +1,23 @@
 """Fixtures that more than one kind of test needs."""
 
+import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 
 import fsspec
 import hypothesis
 import pytest
+
+# Before any test imports Prefect, which makes its home then: neither the user's nor that of the last run.
+PREFECT_HOME = tempfile.mkdtemp(prefix="internvl-tests-")
+os.environ["PREFECT_HOME"] = PREFECT_HOME
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(PREFECT_HOME, ignore_errors=True)
+
 
 # What a property says does not depend on how busy the machine is.
 hypothesis.settings.register_profile(
