@@ -3,7 +3,7 @@
     InternVLError                        70  a fault of our own (also any exception without a class here)
     |- ArgumentError                     64  the recipe or the arguments are wrong
     |- DataError                         65  a record is wrong (file:line)
-    |  `- MediaError                     65  an image cannot be read (path)
+    |  `- MediaError                     65  an image or a video cannot be read (path)
     |- CheckpointError
     |  |- CheckpointNotFound             80
     |  |- CheckpointCorrupt              80
@@ -24,6 +24,8 @@ A message says where, what is, what should be and what to do. Standard library o
 supervisor and the control plane read these classes without torch.
 """
 
+import enum
+
 
 class InternVLError(Exception):
     """Base of all; raised itself only for a fault in this code."""
@@ -38,14 +40,50 @@ class ArgumentError(InternVLError):
     exit_code = 64
 
 
+class Reason(enum.StrEnum):
+    """Why a record is not trained on; what an index, a quarantine file and the table of a check say."""
+
+    RECORD = "record"
+    """Keys or values of the record are not what the schema says."""
+    NOT_JSON = "not_json"
+    ENCODING = "encoding"
+    LINE_TOO_LONG = "line_too_long"
+    TURNS = "turns"
+    """Roles are unknown, do not alternate, or begin or end with the wrong side."""
+    NO_TARGET = "no_target"
+    """There is nothing to learn: no answer, or none before the end of the sequence."""
+    TAGS = "tags"
+    """The placeholders in the text are not as many as the media."""
+    CONTROL_TOKEN = "control_token"  # noqa: S105
+    """The text spells a token that is not text."""
+    PATH = "path"
+    """A medium's path leads out of the data set's root, or is no path at all."""
+    MISSING = "missing"
+    MEDIA = "media"
+    """A medium cannot be decoded, or is of a kind that is not read."""
+    MEDIA_SIZE = "media_size"
+    """A medium is absurdly small, large, long or thin."""
+    SIZE_MISMATCH = "size_mismatch"
+    """The medium makes another number of tiles than the record's width and height say."""
+    TOO_LONG = "too_long"
+    """More tokens than max_seq_length; left out by policy, not a fault of the record."""
+
+
 class DataError(InternVLError):
     """A meta file, an annotation or a medium is wrong; names file and line."""
 
     exit_code = 65
 
+    def __init__(self, message: str, *, reason: Reason = Reason.RECORD) -> None:
+        super().__init__(message)
+        self.reason = reason
+
 
 class MediaError(DataError):
-    """An image is missing, broken, too large or of a kind that is not read; names its path."""
+    """An image or a video is missing, broken, too large or of a kind that is not read; names its path."""
+
+    def __init__(self, message: str, *, reason: Reason = Reason.MEDIA) -> None:
+        super().__init__(message, reason=reason)
 
 
 class CheckpointError(InternVLError):
