@@ -8,6 +8,7 @@ generates from the dataclasses.
 import difflib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,8 @@ RESULT_NEUTRAL = frozenset(
         *("grad_checkpoint", "activation_checkpointing", "activation_checkpointing_kwargs"),
         # The batch of the greedy answers; the training batch is in global_batch_size.
         "per_device_eval_batch_size",
+        # Which samples are bad does not depend on how many are borne.
+        "max_bad_fraction",
         # Columns are ours: the trainer keeps what the model needs, whatever this says.
         "remove_unused_columns",
         # transformers 5 has one kind of tokenizer.
@@ -64,6 +67,8 @@ RESULT_NEUTRAL = frozenset(
     }
 )
 """Arguments that cannot change the result."""
+
+_VIDEO_SAMPLING = re.compile(r"uniform|middle|fps(?!0+(\.0*)?$)\d+(\.\d+)?")
 
 _TRACKERS = {
     "mlflow": "the pipeline records every run in MLflow by itself",
@@ -132,6 +137,10 @@ def check_arguments(values: Mapping[str, Any], *, entry: str) -> None:
         *_iter_not_built_problems(resolved),
     ]
     _raise_all(problems)
+    if resolved["pad2square"] and resolved["dynamic_image_size"]:
+        logger.warning(
+            "pad2square: pads the frames of videos only: with dynamic_image_size images are cut into square tiles."
+        )
     if resolved["drop_path_rate"] and not _learns_vision(resolved):
         logger.warning(
             "drop_path_rate: %s has no effect: the vision tower is frozen, and a frozen tower runs without drop path.",
@@ -224,6 +233,15 @@ def _iter_data_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"min_dynamic_patch: {values['min_dynamic_patch']} is more than max_dynamic_patch, "
             f"{values['max_dynamic_patch']}. Lower it."
+        )
+    if values["min_num_frame"] > values["max_num_frame"]:
+        yield (
+            f"min_num_frame: {values['min_num_frame']} is more than max_num_frame, {values['max_num_frame']}. Lower it."
+        )
+    if not _VIDEO_SAMPLING.fullmatch(values["video_sampling"]):
+        yield (
+            f"video_sampling: {values['video_sampling']!r} is none of uniform, middle, fpsX (frames a second, as in "
+            "fps1 or fps0.5). Use uniform."
         )
     side = 1 / values["down_sample_ratio"]
     if abs(side - round(side)) > 1e-6:

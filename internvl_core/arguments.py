@@ -197,6 +197,37 @@ class ExtensionArguments:
     eval_meta_path: str | None = field(
         default=None, metadata=_help("JSON file that lists the held-out sets; scored after training by greedy answers.")
     )
+    system_prompt: str | None = field(
+        default=None,
+        metadata=_help(
+            "System message of records that have none; without it the chat format's own, which the released models "
+            "were trained with."
+        ),
+    )
+    video_sampling: str = field(
+        default="uniform",
+        metadata=_help(
+            "Which frames of a video are taken: uniform (one at random in each of equal intervals), middle (their "
+            "middles), or fpsX (X frames a second)."
+        ),
+    )
+    fast_resize: bool = field(
+        default=False, metadata=_help("Resize images with torch: faster, within 2/255 of Pillow's result.")
+    )
+    jpeg_draft: bool = field(
+        default=False, metadata=_help("Let the decoder shrink large JPEGs on the way: faster, changes pixels.")
+    )
+    augment_per_tile: bool = field(
+        default=False,
+        metadata=_help("Draw a JPEG quality for each tile of an image, as the original does, not one for all."),
+    )
+    max_bad_fraction: float = field(
+        default=0.01,
+        metadata=_help(
+            "Stop when more than this share of a data set's samples (of at least 1,000) cannot be read; 0 stops at "
+            "the first."
+        ),
+    )
     eval_max_new_tokens: int = field(default=32, metadata=_help("Longest answer to a held-out question, in tokens."))
     decay_all: bool = field(
         default=True,

@@ -39,6 +39,11 @@ BOUNDS: Mapping[str, Mapping[str, Any]] = {
     "down_sample_ratio": {"exclusiveMinimum": 0, "maximum": 1},
     "min_dynamic_patch": {"minimum": 1},
     "max_dynamic_patch": {"minimum": 1},
+    # As in data/templates.py; a test holds the two together.
+    "conv_style": {"enum": ["Hermes-2", "internlm2-chat", "internvl2_5", "internvl_zh", "phi3-chat"]},
+    "min_num_frame": {"minimum": 1},
+    "max_num_frame": {"minimum": 1},
+    "max_bad_fraction": {"minimum": 0, "maximum": 1},
     "eval_max_new_tokens": {"minimum": 1},
 }
 

@@ -23,21 +23,11 @@ _EVALUATION = "belongs to evaluation during training. Held-out sets are scored a
 _HUB = "publishing to the Hub is a task of its own, not built yet. Leave it out; checkpoints go to the store"
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt(
-        ("conv_style",),
-        "the only chat format built so far is internvl2_5. Say conv_style: internvl2_5",
-        ("internvl2_5",),
-    ),
     NotBuilt(("ps_version",), "the native model shuffles pixels as v2 only; v1 is not built yet. Use v2"),
     NotBuilt(("mlp_path",), "loading a projector by itself is not built yet. Start from a whole checkpoint"),
     NotBuilt(
         ("use_liger", "use_liger_kernel", "liger_kernel_config"), "Liger's kernels are not built in yet. Leave it out"
     ),
-    NotBuilt(("pad2square",), "padding to a square is not built yet; tiles are square already. Leave it out"),
-    NotBuilt(
-        ("use_data_resampling",), "weighting data sets by size is not built yet. Use repeat_time in the meta file"
-    ),
-    NotBuilt(("min_num_frame", "max_num_frame"), "video is not built yet. Leave it out"),
     NotBuilt(("use_packed_ds",), "packing is not built yet. Leave it out; batches are padded"),
     NotBuilt(
         ("num_images_expected", "max_packed_tokens", "max_buffer_size", "log_freq", "strict_mode", "replacement"),

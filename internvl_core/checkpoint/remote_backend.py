@@ -27,6 +27,14 @@ _TRANSFER_WORKERS = 4
 _S3_PROTOCOLS = ("s3://", "s3a://")
 
 
+def open_filesystem(uri: str) -> Any:
+    """Open the fsspec filesystem of a normal URI, with waiting times that a person can bear."""
+    options: dict[str, Any] = _S3_OPTIONS if uri.startswith(_S3_PROTOCOLS) else {}
+    with translated(f"Opening {uri}"):
+        # A cached listing would hide what another process wrote.
+        return fsspec.filesystem(uri.partition("://")[0], use_listings_cache=False, **options)
+
+
 class RemoteBackend:
     """`s3://`, `memory://` and whatever else fsspec knows."""
 
@@ -35,10 +43,7 @@ class RemoteBackend:
         is_s3 = uri.startswith(_S3_PROTOCOLS)
         self._upload_options: dict[str, Any] = _S3_UPLOAD if is_s3 else {}
         self._download_options: dict[str, Any] = _S3_DOWNLOAD if is_s3 else {}
-        options: dict[str, Any] = _S3_OPTIONS if is_s3 else {}
-        with translated(f"Opening {uri}"):
-            # A cached listing would hide what another process committed.
-            self._fs = fsspec.filesystem(uri.partition("://")[0], use_listings_cache=False, **options)
+        self._fs = open_filesystem(uri)
         # Only the asynchronous filesystems promise to bear several threads.
         self._num_workers = _TRANSFER_WORKERS if isinstance(self._fs, AsyncFileSystem) else 1
 

@@ -1,7 +1,7 @@
 """From samples to a batch.
 
 The attention mask comes from the samples' lengths, never from token ids: an id that also pads is
-a real token wherever a sample contains it.
+a real token wherever a sample contains it (F4). Bad samples are left out and listed; nothing takes their place.
 Shapes: `B` samples, `T` tokens of the longest, `K` tiles of all, `S` side of a tile in px.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from internvl_core.data.conversation import IGNORE_INDEX
 from internvl_core.data.dataset import Prompt, Sample
+from internvl_core.data.quarantine import BadSample
 
 
 class PromptBatch(TypedDict):
@@ -34,6 +35,8 @@ class Batch(PromptBatch):
 
     labels: Tensor
     """[B, T], int64."""
+    bad_samples: list[BadSample]
+    """Drawn for this batch and left out of it."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,23 @@ class SampleCollator:
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        prompt = _collate(samples, self.pad_token_id, padding_side="right")
-        labels = _pad([sample["labels"] for sample in samples], IGNORE_INDEX, padding_side="right")
-        return {**prompt, "labels": labels}
+    def __call__(self, samples: Sequence[Sample | BadSample]) -> Batch:
+        """Join samples; a batch of which none is left is one padding token, from which nothing is learnt."""
+        good = [sample for sample in samples if not isinstance(sample, BadSample)]
+        bad = [sample for sample in samples if isinstance(sample, BadSample)]
+        rows = good or [self._pad_sample()]
+        prompt = _collate(rows, self.pad_token_id, padding_side="right")
+        prompt["sample_ids"] = [sample["sample_id"] for sample in good]
+        labels = _pad([sample["labels"] for sample in rows], IGNORE_INDEX, padding_side="right")
+        return {**prompt, "labels": labels, "bad_samples": bad}
+
+    def _pad_sample(self) -> Sample:
+        return {
+            "input_ids": torch.tensor([self.pad_token_id]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "tiles": torch.empty((0, 3, 1, 1), dtype=torch.uint8),
+            "sample_id": "",
+        }
 
 
 @dataclass(frozen=True)

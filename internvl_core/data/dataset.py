@@ -1,36 +1,30 @@
-"""Samples for training and questions for evaluation, read and encoded when asked for.
+"""Samples for training, read and encoded when asked for.
 
-`SupervisedDataset` is stateless apart from its epoch: the same index gives the same sample on
-every rank and worker. A bad record raises; it is never replaced by another.
+Stateless apart from its epoch: the same number gives the same sample on every rank and worker. A
+sample that cannot be made comes out as a `BadSample`; it is never replaced by another.
 Shapes: `T` tokens, `K` tiles, `S` side of a tile in px.
 """
 
-import random
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from internvl_core.data.conversation import (
-    SPECIAL_TOKENS,
-    EncodedConversation,
-    check_conv_style,
-    encode_conversation,
-    encode_prompt,
-)
-from internvl_core.data.media import cut_tiles, draw_jpeg_quality, find_image, load_image, read_image_size
-from internvl_core.data.meta import DatasetMeta, load_meta
-from internvl_core.data.records import Record, RecordFile, Turn
-from internvl_core.data.tiling import Tiling
-from internvl_core.errors import ArgumentError, DataError, MediaError
+from internvl_core.data.annotation import AnnotationChanged
+from internvl_core.data.encoding import Encoding
+from internvl_core.data.index import open_index
+from internvl_core.data.meta import DatasetMeta
+from internvl_core.data.mixture import Draw, Mixture
+from internvl_core.data.pixels import PixelRules, PixelSource
+from internvl_core.data.quarantine import BadSample
+from internvl_core.data.records import Record, parse_record
+from internvl_core.errors import DataError, Reason
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+logger = logging.getLogger(__name__)
 
 
 class Prompt(TypedDict):
@@ -50,170 +44,98 @@ class Sample(Prompt):
     """[T], int64; -100 where nothing is learnt."""
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How records become tokens and tiles; the same for training and evaluation of a stage."""
+class SupervisedDataset(Dataset["Sample | BadSample"]):
+    """The draws of a mixture, by number."""
 
-    tokenizer: "PreTrainedTokenizerBase"
-    tiling: Tiling
-    conv_style: str
-    tokens_per_tile: int
-
-    def __post_init__(self) -> None:
-        check_conv_style(self.conv_style)
-        missing = set(SPECIAL_TOKENS) - self.tokenizer.get_vocab().keys()
-        if missing:
-            raise ArgumentError(f"tokenizer: lacks {', '.join(sorted(missing))}. Add InternVL's special tokens to it.")
-
-    def choose_tiling(self, meta: DatasetMeta, num_images: int) -> Tiling:
-        """Apply a dataset's own bound, then divide it among the images of a sample."""
-        own = self.tiling if meta.max_dynamic_patch is None else self.tiling.with_max_tiles(meta.max_dynamic_patch)
-        return own.for_images(num_images)
-
-    def stack_tiles(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Join the tiles of a sample's images; [0, 3, S, S] if it has none."""
-        size = self.tiling.tile_size
-        return torch.cat([torch.empty((0, 3, size, size), dtype=torch.uint8), *tiles])
-
-
-class SupervisedDataset(Dataset[Sample]):
-    """All datasets of a meta file, one after the other, repeated as `repeat_time` says."""
-
-    def __init__(self, datasets: Sequence[DatasetMeta], encoding: Encoding, *, max_seq_length: int, seed: int) -> None:
-        self._encoding = encoding
+    def __init__(self, mixture: Mixture, encoding: Encoding, pixel_rules: PixelRules, *, max_seq_length: int) -> None:
+        self.mixture = mixture
         self._max_seq_length = max_seq_length
-        self._seed = seed
         # Shared, because workers that outlive an epoch hold a copy of the dataset.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._files = [RecordFile(meta) for meta in datasets]
-        self._positions = [
-            (number, position)
-            for number, file in enumerate(self._files)
-            for position in select_positions(file.meta, len(file), seed=seed)
-        ]
+        metas = [source.index.meta for source in mixture.sources]
+        self._encodings = [encoding.for_dataset(meta) for meta in metas]
+        self._pixels = [PixelSource(meta, own, pixel_rules) for meta, own in zip(metas, self._encodings, strict=True)]
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.mixture)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read, decode and encode one sample.
+    def __getitem__(self, number: int) -> Sample | BadSample:
+        """Read, decode and encode one draw.
 
         Raises:
-            DataError: names file and line; also where a sample is longer than `max_seq_length`.
+            AnnotationChanged: the file was edited since it was indexed.
         """
-        number, position = self._positions[index]
-        file = self._files[number]
-        record = file[position]
-        tiling = self._encoding.choose_tiling(file.meta, len(record.images))
-        tiles = []
-        for image_index, name in enumerate(record.images):
-            quality = None
-            if file.meta.data_augment:
-                quality = draw_jpeg_quality(
-                    seed=self._seed, epoch=int(self._epoch), sample_id=record.sample_id, image_index=image_index
-                )
-            tiles.append(_load_tiles(file.meta.root, name, tiling, record.where, jpeg_quality=quality))
-        encoded = self._encode(record, [len(image_tiles) for image_tiles in tiles])
-        return {
-            "input_ids": torch.tensor(encoded.input_ids),
-            "labels": torch.tensor(encoded.labels),
-            "tiles": self._encoding.stack_tiles(tiles),
-            "sample_id": record.sample_id,
-        }
+        draw = self.mixture.locate(number)
+        index = self.mixture.sources[draw.dataset].index
+        where = f"{index.meta.annotation}:{draw.row + 1}"
+        try:
+            return self._load(draw)
+        except AnnotationChanged:
+            raise
+        except DataError as error:
+            return BadSample(index.meta.name, draw.row + 1, error.reason, f"{where}: {error}")
 
     @property
     def dataset_names(self) -> list[str]:
-        return [file.meta.name for file in self._files]
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample, exact, image headers read but no image decoded. For `group_by_length`."""
-        measured = {key: self._measure(*key) for key in dict.fromkeys(self._positions)}
-        return [measured[key] for key in self._positions]
+        return [source.index.meta.name for source in self.mixture.sources]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the augmentation is drawn for."""
+        """Choose the epoch that augmentation and frames are drawn for."""
         self._epoch.fill_(epoch)
 
-    def _measure(self, number: int, position: int) -> int:
-        file = self._files[number]
-        record = file[position]
-        tiling = self._encoding.choose_tiling(file.meta, len(record.images))
-        sizes = [read_image_size(find_image(file.meta.root, name)) for name in record.images]
-        return len(self._encode(record, [tiling.count_tiles(*size) for size in sizes]).input_ids)
-
-    def _encode(self, record: Record, tile_counts: Sequence[int]) -> EncodedConversation:
-        encoded = encode_conversation(
-            record.turns,
-            self._encoding.tokenizer,
-            conv_style=self._encoding.conv_style,
-            image_token_counts=[count * self._encoding.tokens_per_tile for count in tile_counts],
-            max_seq_length=self._max_seq_length,
+    def _load(self, draw: Draw) -> Sample:
+        index = self.mixture.sources[draw.dataset].index
+        meta = index.meta
+        content = parse_record(index.read_line(draw.row), ignore_keys=meta.ignore_keys)
+        record = Record(meta.name, meta.annotation, draw.row + 1, content)
+        # A pass of a data set that is repeated within an epoch is an epoch of its own to the augmentation.
+        key = f"{self.mixture.seed}/{int(self._epoch)}.{draw.repeat}/{record.sample_id}"
+        media = self._pixels[draw.dataset].load(record, key=key)
+        encoded = self._encodings[draw.dataset].encode(
+            media.turns, media.tile_counts, max_seq_length=self._max_seq_length
         )
-        if encoded.full_length > self._max_seq_length:
+        expected = int(index.tokens[draw.row])
+        if encoded.full_length != expected:
             raise DataError(
-                f"{record.where}: {encoded.full_length} tokens ({sum(tile_counts)} tiles), but max_seq_length is "
-                f"{self._max_seq_length}. Raise it, lower max_dynamic_patch or shorten the record."
+                f"{encoded.full_length} tokens with {sum(media.tile_counts)} tiles, but {expected} by the index: width "
+                "and height of the record, or the header of the file, are not those of the picture. Correct them.",
+                reason=Reason.SIZE_MISMATCH,
             )
-        return encoded
+        return {
+            "input_ids": torch.tensor(encoded.input_ids),
+            "labels": torch.tensor(encoded.labels),
+            "tiles": media.tiles,
+            "sample_id": record.sample_id,
+        }
 
 
-def select_positions(meta: DatasetMeta, num_records: int, *, seed: int) -> list[int]:
-    """Records that `repeat_time` selects: the whole passes, then the subset, the same in every epoch."""
-    passes, extra = meta.count_samples(num_records)
-    # A str seeds through sha512: the draw does not depend on the process's hash seed.
-    subset = random.Random(f"{seed}/{meta.name}").sample(range(num_records), extra)  # noqa: S311
-    return list(range(num_records)) * passes + sorted(subset)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out record whose last answer the model must give by itself."""
-
-    meta: DatasetMeta
-    sample_id: str
-    where: str
-    turns: tuple[Turn, ...]
-    """The conversation up to the last human turn."""
-    answer: str
-    images: tuple[str, ...]
-
-
-def load_questions(meta_path: str | Path, *, seed: int = 0) -> list[Question]:
-    """Load the questions of a held-out meta file, dataset by dataset.
+def build_dataset(
+    metas: Sequence[DatasetMeta],
+    encoding: Encoding,
+    pixel_rules: PixelRules,
+    *,
+    cache_dir: Path,
+    max_seq_length: int,
+    seed: int,
+    by_root_of_size: bool = False,
+) -> SupervisedDataset:
+    """Open the indexes of a mixture, build those that are missing, and say what they leave out.
 
     Raises:
-        DataError: the meta file or a record is wrong.
+        DataError: an annotation cannot be read, or nothing of a data set can be trained on.
     """
-    questions = []
-    for meta in load_meta(meta_path):
-        file = RecordFile(meta)
-        for position in select_positions(meta, len(file), seed=seed):
-            record = file[position]
-            *context, answer = record.turns
-            questions.append(Question(meta, record.sample_id, record.where, tuple(context), answer.text, record.images))
-    return questions
-
-
-def encode_question(question: Question, encoding: Encoding) -> Prompt:
-    """Encode a question with the code that encodes training samples, never augmented."""
-    tiling = encoding.choose_tiling(question.meta, len(question.images))
-    tiles = [_load_tiles(question.meta.root, name, tiling, question.where) for name in question.images]
-    input_ids = encode_prompt(
-        question.turns,
-        encoding.tokenizer,
-        conv_style=encoding.conv_style,
-        image_token_counts=[len(image_tiles) * encoding.tokens_per_tile for image_tiles in tiles],
-    )
-    return {
-        "input_ids": torch.tensor(input_ids),
-        "tiles": encoding.stack_tiles(tiles),
-        "sample_id": question.sample_id,
-    }
-
-
-def _load_tiles(root: Path, name: str, tiling: Tiling, where: str, *, jpeg_quality: int | None = None) -> Tensor:
-    try:
-        return cut_tiles(load_image(find_image(root, name)), tiling, jpeg_quality=jpeg_quality)
-    except MediaError as error:
-        raise MediaError(f"{where}: {error}") from None
+    indexes = [open_index(meta, encoding, cache_dir) for meta in metas]
+    mixture = Mixture(indexes, seed=seed, max_tokens=max_seq_length, by_root_of_size=by_root_of_size)
+    for source in mixture.sources:
+        left_out = {reason.value: count for reason, count in source.index.problem_counts.items()}
+        if source.num_too_long:
+            left_out[Reason.TOO_LONG.value] = source.num_too_long
+        if left_out:
+            logger.warning(
+                "%s: %d of %d records are left out: %s. See internvl data check.",
+                source.index.meta.name,
+                sum(left_out.values()),
+                source.index.num_records,
+                ", ".join(f"{count} {reason}" for reason, count in left_out.items()),
+            )
+    return SupervisedDataset(mixture, encoding, pixel_rules, max_seq_length=max_seq_length)

@@ -1,83 +1,103 @@
-"""The meta file: which datasets a stage trains on, and how much of each.
+"""The meta file: which data sets a stage trains on, and how much of each.
 
-One JSON object, a key per dataset. Strict: a key or a value that is not understood is an error,
+One JSON object, a key per data set. Strict: a key or a value that is not understood is an error,
 because a misspelt `repeat_time` trains on the wrong mixture without a word. Relative paths are
-resolved against the meta file's own folder. Standard library and pydantic only, so that flows can
-check and fingerprint data without torch.
+resolved against the meta file's own folder. Standard library, pydantic and fsspec only, so that
+flows can check and fingerprint data without torch.
 """
 
 import difflib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from internvl_core.checkpoint.manifest import hash_file
 from internvl_core.contract import digest_json
-from internvl_core.errors import DataError
+from internvl_core.data.annotation import digest_annotation, exists, fetch_annotation
+from internvl_core.data.media_root import open_root
+from internvl_core.data.strict_json import STRICT_JSON
+from internvl_core.data.templates import get_template
+from internvl_core.errors import ArgumentError, DataError
+
+_MAX_META_BYTES = 16 << 20
 
 
 class DatasetEntry(BaseModel):
-    """One dataset as the meta file writes it."""
+    """One data set as the meta file writes it: the original's keys, then ours."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     root: str
     annotation: str
     data_augment: bool = False
-    # Above 1,000 passes it is a slip of the keyboard, and the list of samples would not fit into memory.
+    # Above 1,000 passes it is a slip of the keyboard.
     repeat_time: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
-    max_dynamic_patch: Annotated[int, Field(ge=1)] | None = None
+    max_dynamic_patch: Annotated[int, Field(ge=1, le=1024)] | None = None
     length: Annotated[int, Field(ge=1)] | None = None
+
+    conv_style: str | None = None
+    system_prompt: str | None = None
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    ignore_keys: tuple[str, ...] = Field(default=(), strict=False)
 
 
 @dataclass(frozen=True)
 class DatasetMeta:
-    """One dataset, its paths resolved and known to exist."""
+    """One data set, its paths resolved and known to exist."""
 
     name: str
-    root: Path
-    annotation: Path
-    data_augment: bool
-    repeat_time: float
-    """Passes over the dataset; a fractional part is a subset of that share, drawn by the seed."""
-    max_dynamic_patch: int | None
-    """Most tiles per sample in this dataset; None means the stage's own bound."""
+    root: str
+    """Folder of the media: an absolute path or an fsspec URI."""
+    annotation: str
+    """The jsonl file: an absolute path or an fsspec URI."""
+    data_augment: bool = False
+    repeat_time: float = 1.0
+    """Passes over the data set; a fractional part is a subset of that share, drawn by the seed."""
+    max_dynamic_patch: int | None = None
+    """Most tiles per sample in this data set; None means the stage's own bound."""
+    length: int | None = None
+    """Records the file must have; None leaves them uncounted."""
+    conv_style: str | None = None
+    """None means the stage's own, here and in `system_prompt`."""
+    system_prompt: str | None = None
+    weight: float = 1.0
+    """Draws relative to the data set's size: at 2 it is used up twice as early in the epoch."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of its records that are notes, `*` for any."""
 
     def count_samples(self, num_records: int) -> tuple[int, int]:
         """Split `repeat_time` into whole passes and the size of the extra subset.
 
-        A share too small for one record still gives one: no dataset of a mixture vanishes.
+        A share too small for one record still gives one: no data set of a mixture vanishes.
         """
         fraction, passes = math.modf(self.repeat_time)
         extra = round(fraction * num_records)
-        return int(passes), max(extra, 1) if passes == 0 else extra
+        return int(passes), max(extra, 1) if passes == 0 and num_records else extra
 
 
 def load_meta(path: str | Path) -> list[DatasetMeta]:
-    """Read a meta file and check it as a whole, its annotation files' existence and `length` included.
+    """Read a meta file and check it as a whole, the existence of roots and annotation files included.
 
     Raises:
-        DataError: names the file and every dataset that is wrong, all problems in one message.
+        DataError: names the file and every data set that is wrong, all problems in one message.
     """
     path = Path(path)
     datasets: list[DatasetMeta] = []
     problems: list[str] = []
     for name, entry in _read_entries(path).items():
         try:
-            datasets.append(_resolve_entry(path.parent, name, entry))
-        except DataError as error:
+            datasets.append(_resolve_entry(path.parent.absolute(), name, entry))
+        except (DataError, ArgumentError) as error:
             problems.append(f"{path}: dataset {name!r}: {error}")
     if problems:
         raise DataError("\n".join(problems))
     return datasets
 
 
-def digest_meta(path: str | Path) -> str:
+def digest_meta(path: str | Path, cache_dir: Path) -> str:
     """Sha256 (hex) over the meta file's content and every byte of its annotation files.
 
     Paths count as written, so a folder that moves as a whole keeps its digest. Media are not read:
@@ -87,47 +107,24 @@ def digest_meta(path: str | Path) -> str:
     entries = _read_entries(path)
     return digest_json(
         [
-            {"name": meta.name, "entry": entries[meta.name].model_dump(), "annotation": hash_file(meta.annotation)}
+            {
+                "name": meta.name,
+                "entry": entries[meta.name].model_dump(exclude_defaults=True),
+                "annotation": digest_annotation(fetch_annotation(meta.annotation, cache_dir), cache_dir),
+            }
             for meta in load_meta(path)
         ]
     )
 
 
-def iter_record_lines(annotation: Path) -> Iterator[tuple[int, int, int]]:
-    """Find the records of a jsonl file: line number (from 1), byte offset and size of each line that is not blank."""
-    offset = 0
-    with annotation.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, offset, len(line)
-            offset += len(line)
-
-
-def refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object for `json.loads`, which by itself keeps the last of two equal keys silently.
-
-    Raises:
-        DataError: names the key.
-    """
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"the key {twice!r} occurs twice in one object. Rename or remove one.")
-    return content
-
-
-def refuse_constant(literal: str) -> float:
-    """Refuse what `json.loads` accepts beyond JSON: NaN, Infinity, -Infinity."""
-    raise DataError(f"{literal} is not JSON. Write a number.")
-
-
 def _read_entries(path: Path) -> dict[str, DatasetEntry]:
     if path.suffix != ".json":
-        raise DataError(f"{path}: a meta file is a .json file that lists datasets; this is something else.")
+        raise DataError(f"{path}: a meta file is a .json file that lists data sets; this is something else.")
     try:
+        if path.stat().st_size > _MAX_META_BYTES:
+            raise DataError(f"larger than {_MAX_META_BYTES >> 20} MiB; a meta file lists data sets, not records.")
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=refuse_duplicate_keys, parse_constant=refuse_constant)
+        content = STRICT_JSON.decode(text)
     except FileNotFoundError:
         raise DataError(f"{path}: no such meta file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -138,8 +135,10 @@ def _read_entries(path: Path) -> dict[str, DatasetEntry]:
         raise DataError(f"{path}: nested too deeply; a meta file is one object of flat objects.") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    except ValueError:
+        raise DataError(f"{path}: holds a number of thousands of digits.") from None
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path}: must be an object with one key per dataset and at least one dataset.")
+        raise DataError(f"{path}: must be an object with one key per data set and at least one data set.")
     problems = [problem for name, entry in content.items() for problem in _find_problems(name, entry)]
     if problems:
         raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -170,28 +169,20 @@ def _known_keys() -> str:
 
 
 def _resolve_entry(folder: Path, name: str, entry: DatasetEntry) -> DatasetMeta:
-    for field in ("root", "annotation"):
-        if "://" in getattr(entry, field):
-            raise DataError(
-                f"{field} {getattr(entry, field)!r}: remote data is not built yet. Copy it to a local disk."
-            )
-    root, annotation = folder / entry.root, folder / entry.annotation
-    hint = f"Relative paths start at the meta file's folder, {folder.resolve()}."
-    if not root.is_dir():
-        raise DataError(f"root {root} is not a directory. {hint}")
-    if annotation.suffix != ".jsonl" or not annotation.is_file():
-        raise DataError(f"annotation {annotation} is not a .jsonl file. {hint}")
-    if entry.length is not None:
-        num_records = sum(1 for _ in iter_record_lines(annotation))
-        if num_records != entry.length:
-            raise DataError(
-                f"length is {entry.length}, but {annotation} has {num_records} records. Correct one of them."
-            )
-    return DatasetMeta(
-        name=name,
-        root=root,
-        annotation=annotation,
-        data_augment=entry.data_augment,
-        repeat_time=entry.repeat_time,
-        max_dynamic_patch=entry.max_dynamic_patch,
-    )
+    if entry.conv_style is not None:
+        get_template(entry.conv_style)
+    values: dict[str, Any] = entry.model_dump()
+    values["root"] = _resolve_path(folder, entry.root)
+    values["annotation"] = _resolve_path(folder, entry.annotation)
+    hint = "" if "://" in entry.root else f" Relative paths start at the meta file's folder, {folder}."
+    if not values["annotation"].endswith(".jsonl"):
+        raise DataError(f"annotation {values['annotation']} is not a .jsonl file.{hint}")
+    if not open_root(values["root"]).exists():
+        raise DataError(f"root {values['root']} is not a directory.{hint}")
+    if not exists(values["annotation"]):
+        raise DataError(f"annotation {values['annotation']} is not a file.{hint}")
+    return DatasetMeta(name=name, **values)
+
+
+def _resolve_path(folder: Path, value: str) -> str:
+    return value if "://" in value or "::" in value else str(folder / value)

@@ -1,51 +1,70 @@
-"""Annotation files: one JSON object a line, read by byte offset and checked when read.
+"""Records: what one line of an annotation file says, parsed and checked on its own.
 
-Text of an annotation is never held in memory: a `RecordFile` knows where each line lies and reads
-it when asked. A record that comes out of here is sound: roles alternate, every image has exactly
-one `<image>` tag, no text forges an image or a turn. What is not understood is refused.
+A record that comes out of here is sound: roles alternate, every image has exactly one `<image>`
+tag and a video one `<video>` tag, names are paths below the data set's root. What is not
+understood is refused. Tokens, files and pixels are looked at elsewhere.
 """
 
 import difflib
 import json
-import os
-from array import array
-from collections.abc import Iterator
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from internvl_core.data.meta import DatasetMeta, iter_record_lines, refuse_constant, refuse_duplicate_keys
-from internvl_core.errors import DataError
+from internvl_core.data.media_root import check_name
+from internvl_core.data.strict_json import STRICT_JSON
+from internvl_core.errors import DataError, Reason
 
 IMAGE_TAG = "<image>"
-"""Text placeholder of an image in a human turn; never a token."""
+VIDEO_TAG = "<video>"
+"""Placeholders of media in a human turn; never tokens."""
 
 Role = Literal["system", "human", "gpt"]
+Turn = TypedDict("Turn", {"from": Role, "value": str})
+"""What one side says."""
 
-_RESERVED = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>")
-_MEDIA_KEYS = ("image", "video", "conversations")
-_MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 64 << 20
+ANY_KEY = "*"
+"""In a data set's `ignore_keys`: any key that is not known."""
+
+RECORD_KEYS = (
+    *("id", "conversations", "image", "video", "clip"),
+    *("width", "height", "width_list", "height_list", "length"),
+)
+_TURN_KEYS = frozenset({"from", "value"})
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one side says."""
+class ParsedRecord:
+    """One checked record."""
 
-    role: Role
-    text: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    """Names below the data set's root, in the order of their tags."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """Width and height of each image in px, upright; None where the record does not say."""
+    video: str | None = None
+    """Name below the data set's root; a folder of frames ends with a slash."""
+    clip: tuple[float, float] | None = None
+    """Part of the video that is shown, from and to, in seconds; None for all of it."""
+
+    @property
+    def kind(self) -> Literal["text", "image", "multi_image", "video"]:
+        if self.video is not None:
+            return "video"
+        return ("text", "image", "multi_image")[min(len(self.images), 2)]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One checked line of an annotation file."""
+    """A record and where it stands."""
 
     dataset: str
-    annotation: Path
+    annotation: str
     line: int
     """Number of the line in the file, from 1."""
-    images: tuple[str, ...]
-    """Paths below the dataset's root, in the order of their tags."""
-    turns: tuple[Turn, ...]
+    content: ParsedRecord
 
     @property
     def sample_id(self) -> str:
@@ -57,87 +76,71 @@ class Record:
         return f"{self.annotation}:{self.line}"
 
 
-class RecordFile:
-    """The records of one dataset, indexed by their position in the annotation file."""
+def parse_record(line: bytes, *, ignore_keys: Collection[str] = ()) -> ParsedRecord:
+    """Parse one line and check its parts against each other.
 
-    def __init__(self, meta: DatasetMeta) -> None:
-        self.meta = meta
-        self._numbers, self._offsets, self._sizes = array("q"), array("q"), array("q")
-        for number, offset, size in iter_record_lines(meta.annotation):
-            self._numbers.append(number)
-            self._offsets.append(offset)
-            self._sizes.append(size)
-        if not self._numbers:
-            raise DataError(f"{meta.annotation}: holds no record. Remove dataset {meta.name!r} or fill the file.")
-        self._descriptor: int | None = None
+    A medium without a tag anywhere gets one at the head of the first human turn, as in the original;
+    never in a system turn, and never a second one (F25).
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[position] for position in range(len(self)))
-
-    def __getitem__(self, position: int) -> Record:
-        """Read, parse and check one record.
-
-        Raises:
-            DataError: names file and line.
-        """
-        where = f"{self.meta.annotation}:{self._numbers[position]}"
-        if self._sizes[position] > _MAX_LINE_BYTES:
-            raise DataError(f"{where}: {self._sizes[position]} bytes in one line; at most {_MAX_LINE_BYTES} are read.")
-        if self._descriptor is None:
-            self._descriptor = os.open(self.meta.annotation, os.O_RDONLY | os.O_CLOEXEC)
-        # pread has no file position, so workers forked with this descriptor cannot disturb each other.
-        line = os.pread(self._descriptor, self._sizes[position], self._offsets[position])
-        try:
-            images, turns = parse_record(line)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        return Record(self.meta.name, self.meta.annotation, self._numbers[position], images, turns)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
-
-
-def parse_record(line: bytes) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
-    """Parse one line into its image paths and turns, and check them against each other.
-
-    A single image without a tag anywhere gets one at the head of the first human turn.
+    Args:
+        ignore_keys: keys of records and turns that are notes of the data set's authors; `*` for all.
 
     Raises:
-        DataError: says what is wrong; the caller knows the file and the line.
+        DataError: says what is wrong and its reason; the caller knows the file and the line.
     """
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"{len(line)} bytes in one line; at most {MAX_LINE_BYTES} are read.", reason=Reason.LINE_TOO_LONG
+        )
     content = _parse_json(line)
-    for key in content.keys() - set(_MEDIA_KEYS):
-        # Unknown keys are notes of the dataset's authors, unless one is a misspelt medium: that would train blind.
-        if nearest := difflib.get_close_matches(key.lower(), _MEDIA_KEYS, n=1, cutoff=0.85):
-            raise DataError(f"unknown key {key!r}. Did you mean {nearest[0]!r}?")
-    if content.get("video"):
-        raise DataError("video records are not built yet. Remove the record or sample its frames as images.")
+    _check_keys(content, RECORD_KEYS, ignore_keys)
     images = _parse_images(content.get("image"))
-    turns = _parse_turns(content.get("conversations"))
-    return images, _place_tags(turns, len(images))
+    video, clip = _parse_video(content)
+    if images and video is not None:
+        raise DataError("image and video in one record. Make two records of it.")
+    turns = _parse_turns(content.get("conversations"), ignore_keys)
+    return ParsedRecord(
+        turns=_place_tags(turns, len(images), has_video=video is not None),
+        images=images,
+        sizes=_parse_sizes(content, len(images)),
+        video=video,
+        clip=clip,
+    )
 
 
 def _parse_json(line: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(
-            line.decode("utf-8-sig"), object_pairs_hook=refuse_duplicate_keys, parse_constant=refuse_constant
-        )
+        content = STRICT_JSON.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}. Convert the file.") from None
+        raise DataError(f"not UTF-8: {error}. Convert the file.", reason=Reason.ENCODING) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"not one JSON object: {error.msg} at column {error.colno}.") from None
+        raise DataError(f"not one JSON object: {error.msg} at column {error.colno}.", reason=Reason.NOT_JSON) from None
     except RecursionError:
-        raise DataError("nested too deeply; a record is an object with a list of turns.") from None
+        raise DataError(
+            "nested too deeply; a record is an object with a list of turns.", reason=Reason.NOT_JSON
+        ) from None
+    except ValueError:  # Python's limit on the digits of a number
+        raise DataError("holds a number of thousands of digits.", reason=Reason.NOT_JSON) from None
     if not isinstance(content, dict):
-        raise DataError(f"must be a JSON object, got {type(content).__name__}.")
+        raise DataError(f"must be a JSON object, got {type(content).__name__}.", reason=Reason.NOT_JSON)
     return content
+
+
+def _check_keys(content: dict[str, Any], known: Collection[str], ignored: Collection[str]) -> None:
+    if content.keys() <= set(known):
+        return
+    for key in content:
+        if key in known or key in ignored:
+            continue
+        nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+        if nearest:
+            raise DataError(f"unknown key {_shorten(key)}. Did you mean {nearest[0]!r}?")
+        if ANY_KEY not in ignored:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise DataError(
+                f"unknown key {_shorten(key)}, nearest known: {nearest[0]!r}. If it is a note that training does not "
+                "need, list it in the data set's ignore_keys."
+            )
 
 
 def _parse_images(value: object) -> tuple[str, ...]:
@@ -146,55 +149,137 @@ def _parse_images(value: object) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise DataError(f"image must be a path or a list of paths, got {name!r}.")
-        if "://" in name:
-            raise DataError(f"image {name!r}: remote media are not built yet. Copy them below the dataset's root.")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise DataError(f"image {name!r} must be a path below the dataset's root.")
+            raise DataError(f"image must be a path or a list of paths, got {_shorten(name)}.")
+        _check_text(name, "image")
+        check_name(name)
     return tuple(names)
 
 
-def _parse_turns(value: object) -> tuple[Turn, ...]:
+def _parse_video(content: dict[str, Any]) -> tuple[str | None, tuple[float, float] | None]:
+    name, clip = content.get("video"), content.get("clip")
+    if name is None:
+        if clip is not None:
+            raise DataError("clip without a video.")
+        return None, None
+    if not isinstance(name, str) or not name:
+        raise DataError(f"video must be one path, got {_shorten(name)}.")
+    _check_text(name, "video")
+    check_name(name)
+    if clip is None:
+        return name, None
+    if not (isinstance(clip, list) and len(clip) == 2 and all(_is_number(bound) for bound in clip)):
+        raise DataError(f"clip must be [from, to] in seconds, got {_shorten(clip)}.")
+    start, end = float(clip[0]), float(clip[1])
+    if not 0 <= start < end:
+        raise DataError(f"clip [{start:g}, {end:g}] must be 0 <= from < to, in seconds.")
+    return name, (start, end)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _parse_sizes(content: dict[str, Any], num_images: int) -> tuple[tuple[int, int], ...] | None:
+    if not num_images:
+        return None
+    widths, heights = _parse_sides(content, "width"), _parse_sides(content, "height")
+    if widths is None and heights is None:
+        return None
+    if widths is None or heights is None:
+        missing = "width" if widths is None else "height"
+        raise DataError(f"{missing} is missing. Give both sides or none; without them the header of the image is read.")
+    if not len(widths) == len(heights) == num_images:
+        raise DataError(
+            f"{len(widths)} widths and {len(heights)} heights for {num_images} images. Give one of each per image."
+        )
+    return tuple(zip(widths, heights, strict=True))
+
+
+def _parse_sides(content: dict[str, Any], name: str) -> list[int] | None:
+    value = content.get(f"{name}_list")
+    if value is None:
+        value = content.get(name)
+    if value is None:
+        return None
+    sides = value if isinstance(value, list) else [value]
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 1 << 20:
+            raise DataError(f"{name} must be a whole number of pixels above 0, got {_shorten(side)}.")
+    return sides
+
+
+def _parse_turns(value: object, ignore_keys: Collection[str]) -> tuple[Turn, ...]:
     if not isinstance(value, list) or not value:
-        raise DataError("conversations must be a list of turns, at least one human and one gpt.")
-    turns = tuple(_parse_turn(number, turn) for number, turn in enumerate(value, start=1))
-    first = 1 if turns[0].role == "system" else 0
+        raise DataError("conversations must be a list of turns, at least one human and one gpt.", reason=Reason.TURNS)
+    turns = tuple(_parse_turn(number, turn, ignore_keys) for number, turn in enumerate(value, start=1))
+    first = 1 if turns[0]["from"] == "system" else 0
     for number, turn in enumerate(turns[first:]):
         due = "human" if number % 2 == 0 else "gpt"
-        if turn.role != due:
-            raise DataError(f"turn {first + number + 1} is {turn.role!r}, must be {due!r}: human and gpt alternate.")
-    if turns[-1].role != "gpt":
-        raise DataError(f"the last turn is {turns[-1].role!r}, must be 'gpt': there is nothing to learn after it.")
+        if turn["from"] != due:
+            raise DataError(
+                f"turn {first + number + 1} is {turn['from']!r}, must be {due!r}: human and gpt alternate.",
+                reason=Reason.TURNS,
+            )
+    if turns[-1]["from"] != "gpt":
+        raise DataError(
+            f"the last turn is {turns[-1]['from']!r}, must be 'gpt': there is nothing to learn after it.",
+            reason=Reason.NO_TARGET,
+        )
     return turns
 
 
-def _parse_turn(number: int, turn: object) -> Turn:
+def _parse_turn(number: int, turn: object, ignore_keys: Collection[str]) -> Turn:
     if not isinstance(turn, dict):
-        raise DataError(f"turn {number} must be an object with from and value, got {turn!r}.")
+        raise DataError(
+            f"turn {number} must be an object with from and value, got {_shorten(turn)}.", reason=Reason.TURNS
+        )
+    _check_keys(turn, _TURN_KEYS, ignore_keys)
     role, text = turn.get("from"), turn.get("value")
     if role not in ("system", "human", "gpt"):
-        raise DataError(f"turn {number}: from is {role!r}, must be system (first turn only), human or gpt.")
+        raise DataError(
+            f"turn {number}: from is {_shorten(role)}, must be system (first turn only), human or gpt.",
+            reason=Reason.TURNS,
+        )
     if not isinstance(text, str):
-        raise DataError(f"turn {number}: value must be text, got {text!r}.")
+        raise DataError(f"turn {number}: value must be text, got {_shorten(text)}.", reason=Reason.TURNS)
     if role == "gpt" and not text.strip():
-        raise DataError(f"turn {number}: the answer is empty.")
-    for token in _RESERVED:
-        if token in text:
-            raise DataError(f"turn {number}: the text contains {token}, which the model reads as a control token.")
+        raise DataError(f"turn {number}: the answer is empty.", reason=Reason.NO_TARGET)
+    _check_text(text, f"turn {number}")
+    return {"from": role, "value": text}
+
+
+def _check_text(text: str, where: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"turn {number}: half a surrogate pair is not text. Repair the record's escapes.") from None
-    return Turn(role, text)
+        raise DataError(
+            f"{where}: half a surrogate pair is not text. Repair the record's escapes.", reason=Reason.ENCODING
+        ) from None
 
 
-def _place_tags(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
-    num_tags = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
-    if num_tags == num_images:
+def _place_tags(turns: tuple[Turn, ...], num_images: int, *, has_video: bool) -> tuple[Turn, ...]:
+    turns = _place_tag(turns, VIDEO_TAG, int(has_video), "videos")
+    return _place_tag(turns, IMAGE_TAG, num_images, "images")
+
+
+def _place_tag(turns: tuple[Turn, ...], tag: str, num_media: int, media: str) -> tuple[Turn, ...]:
+    num_tags = sum(turn["value"].count(tag) for turn in turns if turn["from"] == "human")
+    num_elsewhere = sum(turn["value"].count(tag) for turn in turns if turn["from"] != "human")
+    if num_tags == num_media and not num_elsewhere:
         return turns
-    if num_images == 1 and not any(IMAGE_TAG in turn.text for turn in turns):
-        first = next(position for position, turn in enumerate(turns) if turn.role == "human")
-        tagged = Turn("human", f"{IMAGE_TAG}\n{turns[first].text}")
+    if num_media == 1 and not num_tags and not num_elsewhere:
+        first = next(position for position, turn in enumerate(turns) if turn["from"] == "human")
+        tagged: Turn = {"from": "human", "value": f"{tag}\n{turns[first]['value']}"}
         return (*turns[:first], tagged, *turns[first + 1 :])
-    raise DataError(f"{num_tags} {IMAGE_TAG} tags but {num_images} images. Write one tag per image, in human turns.")
+    elsewhere = f" ({num_elsewhere} more in other turns)" if num_elsewhere else ""
+    raise DataError(
+        f"{num_tags} {tag} tags{elsewhere} but {num_media} {media}. Write one tag for each, in human turns.",
+        reason=Reason.TAGS,
+    )
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,15 +3,16 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from internvl_core.arguments import Arguments
 from internvl_core.data.collate import PromptCollator
-from internvl_core.data.dataset import Encoding, Question, encode_question, load_questions
-from internvl_core.data.media import normalise
+from internvl_core.data.questions import Question, QuestionEncoder, load_questions
+from internvl_core.data.tiles import normalise
 from internvl_core.evaluate.score import count_matches, summarize_accuracy
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,9 @@ logger = logging.getLogger(__name__)
 END_OF_TURN = "<|im_end|>"
 
 
-def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arguments) -> dict[str, float]:
+def evaluate_held_out(
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, encoder: QuestionEncoder, arguments: Arguments
+) -> dict[str, float]:
     """Score the model on the held-out meta file by exact match.
 
     Every rank answers each `world_size`-th question; all return the same scores.
@@ -30,8 +33,9 @@ def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arg
     if arguments.extension.eval_meta_path is None:
         return {}
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    questions = load_questions(arguments.extension.eval_meta_path)[rank::world_size]
-    answers = list(iter_answers(model, encoding, questions, arguments))
+    cache_dir = Path(arguments.extension.cache_dir).expanduser()
+    questions = load_questions(arguments.extension.eval_meta_path, cache_dir)[rank::world_size]
+    answers = list(iter_answers(model, tokenizer, encoder, questions, arguments))
     correct, asked = count_matches(questions, answers)
     if dist.is_initialized():
         correct, asked = _sum_over_ranks(correct), _sum_over_ranks(asked)
@@ -41,16 +45,19 @@ def evaluate_held_out(model: GenerationMixin, encoding: Encoding, arguments: Arg
 
 
 def iter_answers(
-    model: GenerationMixin, encoding: Encoding, questions: list[Question], arguments: Arguments
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: QuestionEncoder,
+    questions: list[Question],
+    arguments: Arguments,
 ) -> Iterator[str]:
     """Yield the greedy answer to each question, `per_device_eval_batch_size` of them at a time."""
     model.eval()
-    tokenizer = encoding.tokenizer
     collate = PromptCollator(tokenizer.pad_token_id)
     parameter = next(model.parameters())
     batch_size = arguments.training.per_device_eval_batch_size
     for start in range(0, len(questions), batch_size):
-        prompts = [encode_question(question, encoding) for question in questions[start : start + batch_size]]
+        prompts = [encoder.encode(question) for question in questions[start : start + batch_size]]
         batch = collate(prompts)
         inputs = {name: batch[name].to(parameter.device) for name in ("input_ids", "attention_mask")}
         if "pixel_values" in batch:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from internvl_core.data.dataset import Question
+from internvl_core.data.questions import Question
 
 
 def is_exact_match(answer: str, expected: str) -> bool:

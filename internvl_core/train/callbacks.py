@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from internvl_core.errors import NonFinite
+from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.stop_request import StopRequest
 
@@ -108,22 +109,28 @@ class MetricsCallback(TrainerCallback):
         self._last_time, self._last_tokens, self._last_step = now, state.num_input_tokens_seen, state.global_step
 
 
-class StopCallback(TrainerCallback):
-    """Save and leave when any rank was asked to stop; all ranks agree on the step."""
+class ConsensusCallback(TrainerCallback):
+    """What the ranks tell each other after each step: stop requests, and how many samples were bad.
 
-    def __init__(self, stop_request: StopRequest) -> None:
+    One all-reduce carries both. All ranks save and leave at the same step, when any of them was asked to stop.
+    """
+
+    def __init__(self, stop_request: StopRequest, ledger: SampleLedger) -> None:
         self._stop_request = stop_request
+        self._ledger = ledger
         self.is_stopping = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        # The flag travels through an all-reduce in each step: ranks that left at different steps would hang.
-        flag = torch.tensor(float(self._stop_request.is_set), device=args.device)
+        # In each step: ranks that left at different steps would hang.
+        told = torch.tensor([int(self._stop_request.is_set), *self._ledger.take()], device=args.device)
         if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            dist.all_reduce(told)
+        num_asked, *counts = told.tolist()
+        self._ledger.add(counts)
         # At the last step training ends by itself, and the final checkpoint is worth more than one to resume from.
-        if flag.item() and state.global_step < state.max_steps:
+        if num_asked and state.global_step < state.max_steps:
             self.is_stopping = True
             control.should_save = True
             control.should_training_stop = True

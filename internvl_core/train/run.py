@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,15 +25,19 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.data.collate import SampleCollator
-from internvl_core.data.dataset import Encoding, SupervisedDataset
+from internvl_core.data.dataset import SupervisedDataset, build_dataset
+from internvl_core.data.encoding import Encoding
 from internvl_core.data.meta import load_meta
-from internvl_core.data.tiling import Tiling
+from internvl_core.data.pixels import PixelRules
+from internvl_core.data.questions import QuestionEncoder
+from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import DataError, InternVLError, OutOfMemory, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
-from internvl_core.train.callbacks import CommitCallback, MetricsCallback, StopCallback
+from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
 from internvl_core.train.commit import Committed, StageCommits
+from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.stop_request import StopRequest
 from internvl_core.train.trainer import InternVLTrainer
@@ -103,8 +108,10 @@ class StageRun:
             final: CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
-            trainer = self._train(loaded, newest)
-            step, counters = trainer.state.global_step, _count(trainer)
+            dataset = self._build_dataset(loaded)
+            ledger = self._open_ledger(dataset, newest)
+            trainer = self._train(loaded, dataset, ledger, newest)
+            step, counters = trainer.state.global_step, {**_count(trainer), **ledger.counters}
             final = self._save_final(trainer, counters)
             trained = trainer.model
         scores = self._evaluate(trained, loaded)
@@ -156,21 +163,43 @@ class StageRun:
         path = self._arguments.model.model_name_or_path
         return resolve_checkpoint(path) if path is not None and is_checkpoint_uri(path) else None
 
-    def _train(self, loaded: LoadedModel, newest: Committed | None) -> InternVLTrainer:
+    def _build_dataset(self, loaded: LoadedModel) -> SupervisedDataset:
         arguments = self._arguments
-        data = arguments.data
-        dataset = SupervisedDataset(
-            load_meta(data.meta_path),
-            self._encoding(loaded),
-            max_seq_length=data.max_seq_length,
-            seed=arguments.training.seed,
+        training = arguments.training
+        # A stage of a pipeline finds its indexes ready; else one rank builds them for all.
+        with training.main_process_first(desc="indexing the data"):
+            return build_dataset(
+                load_meta(arguments.data.meta_path),
+                self._encoding(loaded),
+                PixelRules.from_arguments(self._data_values),
+                cache_dir=self._cache_dir,
+                max_seq_length=arguments.data.max_seq_length,
+                seed=training.seed if training.data_seed is None else training.data_seed,
+                by_root_of_size=arguments.data.use_data_resampling,
+            )
+
+    def _open_ledger(self, dataset: SupervisedDataset, newest: Committed | None) -> SampleLedger:
+        ledger = SampleLedger(
+            dataset.dataset_names,
+            self._directory,
+            rank=self._arguments.training.process_index,
+            max_bad_fraction=self._arguments.extension.max_bad_fraction,
         )
-        stop = StopCallback(self._stop_request)
-        callbacks = [stop, MetricsCallback(self._metrics)]
+        if newest is not None:
+            ledger.load(newest.path)
+        return ledger
+
+    def _train(
+        self, loaded: LoadedModel, dataset: SupervisedDataset, ledger: SampleLedger, newest: Committed | None
+    ) -> InternVLTrainer:
+        arguments = self._arguments
+        consensus = ConsensusCallback(self._stop_request, ledger)
+        callbacks = [consensus, MetricsCallback(self._metrics)]
         if self._commits is not None:
-            callbacks.append(CommitCallback(self._publish_training))
+            callbacks.append(CommitCallback(partial(self._publish_training, ledger)))
         trainer = InternVLTrainer(
-            normalize_type=data.normalize_type,
+            ledger=ledger,
+            normalize_type=arguments.data.normalize_type,
             decay_all=arguments.extension.decay_all,
             model=set_trainable(loaded.model, arguments.model),
             args=arguments.training,
@@ -188,12 +217,13 @@ class StageRun:
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
         self._seconds["train"] = time.monotonic() - started
-        if stop.is_stopping:
+        if consensus.is_stopping:
             raise Preempted(f"Stopped on request at step {trainer.state.global_step}; a checkpoint is committed.")
         return trainer
 
-    def _publish_training(self, directory: Path, step: int) -> None:
+    def _publish_training(self, ledger: SampleLedger, directory: Path, step: int) -> None:
         assert self._commits is not None
+        ledger.save(directory)
         self._commits.publish(directory, step, CheckpointKind.TRAINING)
 
     def _continue_curve(self, newest: Committed) -> None:
@@ -215,20 +245,18 @@ class StageRun:
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
-        scores = evaluate_held_out(model, self._encoding(loaded), self._arguments)
+        encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(self._data_values))
+        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
         self._seconds["evaluate"] = time.monotonic() - started
         return scores
 
     def _encoding(self, loaded: LoadedModel) -> Encoding:
-        data = self._arguments.data
-        tiling = Tiling(
-            tile_size=data.force_image_size,
-            min_tiles=data.min_dynamic_patch,
-            max_tiles=data.max_dynamic_patch,
-            use_thumbnail=data.use_thumbnail,
-            is_dynamic=data.dynamic_image_size,
-        )
-        return Encoding(loaded.tokenizer, tiling, data.conv_style, loaded.tokens_per_tile)
+        encoder = TextEncoder.from_tokenizer(loaded.tokenizer)
+        return Encoding.from_arguments(self._data_values, encoder=encoder, tokens_per_tile=loaded.tokens_per_tile)
+
+    @property
+    def _data_values(self) -> dict[str, Any]:
+        return {**vars(self._arguments.data), **vars(self._arguments.extension)}
 
     def _summarize_curve(self) -> dict[str, float]:
         curve = self._metrics.read()
@@ -264,7 +292,6 @@ def _settle(arguments: Arguments) -> None:
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:
     return {
-        "samples": trainer.state.global_step * trainer.get_total_train_batch_size(trainer.args),
         "trainable_parameters": count_trainable(trainer.model),
         "total_parameters": count_parameters(trainer.model),
         "tokens": int(trainer.state.num_input_tokens_seen),

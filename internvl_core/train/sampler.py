@@ -1,41 +1,51 @@
 """The order of the samples: a function of seed and epoch, the same on every rank and after a resume."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from internvl_core.data.mixture import Mixture
+
+# Batches whose samples are sorted together, as many as Hugging Face's own grouping takes.
+_GROUP_BATCHES = 50
+
 
 class EpochSampler(Sampler[int]):
-    """A permutation for each epoch, random or with samples of like length together.
+    """The draws of each epoch, as the mixture orders them or with samples of like length together.
 
     accelerate's own tells neither a sampler nor a dataset its epoch when several ranks resume (1.15),
     and Trainer's grouping draws from the global generator, which ranks need not share.
     """
 
-    def __init__(self, num_samples: int, *, seed: int, lengths: Sequence[int] | None, batch_size: int) -> None:
+    def __init__(self, mixture: Mixture, *, is_grouped: bool, batch_size: int) -> None:
         """Order samples.
 
         Args:
-            lengths: tokens of each sample, to group by; None for a plain shuffle.
+            is_grouped: whether batches hold samples of like length.
             batch_size: samples of one update over all ranks; groups are filled with them.
         """
-        self._num_samples = num_samples
-        self._seed = seed
-        self._lengths = lengths
+        self._mixture = mixture
+        self._is_grouped = is_grouped
         self._batch_size = batch_size
         self._epoch = 0
 
     def __len__(self) -> int:
-        return self._num_samples
+        return len(self._mixture)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        if self._lengths is None:
-            yield from torch.randperm(self._num_samples, generator=generator).tolist()
-        else:
-            yield from get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+        order = self._mixture.iter_order(self._epoch)
+        return self._group(order) if self._is_grouped else order
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
+
+    def _group(self, order: Iterator[int]) -> Iterator[int]:
+        """Sort stretches of the order, so that no more of it is held than a stretch."""
+        generator = torch.Generator().manual_seed(self._mixture.seed + self._epoch)
+        while stretch := list(itertools.islice(order, _GROUP_BATCHES * self._batch_size)):
+            lengths = [self._mixture.count_tokens(number) for number in stretch]
+            for position in get_length_grouped_indices(lengths, self._batch_size, generator=generator):
+                yield stretch[position]

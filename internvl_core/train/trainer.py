@@ -7,15 +7,17 @@ ranks and accumulation steps, so it is the exact global mean.
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from internvl_core.data.dataset import Sample, SupervisedDataset
-from internvl_core.data.media import normalise
+from internvl_core.data.tiles import normalise
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.train.callbacks import EpochCallback
+from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.sampler import EpochSampler
 
 
@@ -25,9 +27,16 @@ class InternVLTrainer(Trainer):
     model: Any
 
     def __init__(
-        self, *, train_dataset: SupervisedDataset, normalize_type: str, decay_all: bool, **kwargs: Any
+        self,
+        *,
+        train_dataset: SupervisedDataset,
+        ledger: SampleLedger,
+        normalize_type: str,
+        decay_all: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=train_dataset, **kwargs)
+        self._ledger = ledger
         self._normalize_type = normalize_type
         self._decay_all = decay_all
         self._sampler = self._build_sampler(train_dataset)
@@ -44,23 +53,27 @@ class InternVLTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        inputs.pop("sample_ids", None)
+        if "bad_samples" in inputs:
+            self._ledger.record(inputs.pop("sample_ids"), inputs.pop("bad_samples"), step=self.state.global_step)
         if inputs.get("pixel_values") is not None:
             dtype = next(self.accelerator.unwrap_model(self.model).parameters()).dtype
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._normalize_type, dtype)
         return inputs
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Count supervised tokens over all ranks; at least 1, because batches of bad samples alone have none."""
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        return count.clamp(min=1) if isinstance(count, torch.Tensor) else count
 
     def _get_train_sampler(self, train_dataset: Dataset[Sample] | None = None) -> Sampler[int]:
         return self._sampler
 
     def _build_sampler(self, dataset: SupervisedDataset) -> EpochSampler:
         args = self.args
-        is_grouped = args.train_sampling_strategy == "group_by_length"
         return EpochSampler(
-            len(dataset),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            # The dataset knows its lengths; Trainer would decode every image to learn them.
-            lengths=dataset.lengths if is_grouped else None,
+            dataset.mixture,
+            # The index knows the lengths; Trainer would decode every image to learn them.
+            is_grouped=args.train_sampling_strategy == "group_by_length",
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )
 

@@ -365,18 +365,39 @@ def test_a_missing_meta_file_is_named(inputs: Inputs, tmp_path: Path) -> None:
     assert "\n" not in attempt.failure.message
 
 
-def test_a_broken_record_that_one_rank_meets_ends_the_stage_on_all(inputs: Inputs, tmp_path: Path) -> None:
+def write_broken_meta(inputs: Inputs, folder: Path) -> Path:
+    """Write a copy of eight records, the seventh of which names an image that is not there."""
     (meta,) = load_meta(inputs.folder / "data" / "finetune.json")
-    records = [json.loads(line) for line in meta.annotation.read_text().splitlines()[:8]]
-    records[6]["image"] = "missing.png"
-    (tmp_path / "broken.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    content = {"word": {"root": str(meta.root), "annotation": str(tmp_path / "broken.jsonl")}}
-    (tmp_path / "meta.json").write_text(json.dumps(content))
+    records = [json.loads(line) for line in Path(meta.annotation).read_text().splitlines()[:8]]
+    records[6] |= {"image": "missing.png", "width": 32, "height": 32}
+    (folder / "broken.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    content = {"word": {"root": meta.root, "annotation": str(folder / "broken.jsonl")}}
+    (folder / "meta.json").write_text(json.dumps(content))
+    return folder / "meta.json"
+
+
+def test_a_bad_sample_is_dropped_counted_and_written_down(inputs: Inputs, tmp_path: Path) -> None:
+    meta_path = write_broken_meta(inputs, tmp_path)
+    arguments = {**inputs.arguments, "meta_path": str(meta_path), "max_steps": 3, "dataloader_num_workers": 1}
+    # A batch of one: the bad sample is all of it, and its rank has nothing to learn from in that step.
+    attempt = run(tmp_path / "1", {**arguments, "per_device_train_batch_size": 1, "max_steps": 8})
+    counters = attempt.result.counters
+    # Two epochs of eight draws, over both ranks.
+    assert (counters["samples"], counters["bad_samples"], counters["bad_samples/word"]) == (16, 2, 2)
+    lines = [line for path in (attempt.directory / "quarantine").iterdir() for line in path.read_text().splitlines()]
+    assert [(json.loads(line)["sample_id"], json.loads(line)["reason"]) for line in lines] == [
+        ("word:7", "missing")
+    ] * 2
+    assert all("nan" not in str(line["loss"]).lower() for line in attempt.curve)
+
+
+def test_more_bad_samples_than_are_borne_end_the_stage_on_all_ranks(inputs: Inputs, tmp_path: Path) -> None:
+    arguments = {**inputs.arguments, "meta_path": str(write_broken_meta(inputs, tmp_path)), "max_bad_fraction": 0}
     started = time.monotonic()
-    attempt = run(tmp_path / "1", {**inputs.arguments, "meta_path": str(tmp_path / "meta.json")})
-    assert (attempt.failure.error, attempt.exit_code) == ("MediaError", 65)
-    assert "broken.jsonl:7: " in attempt.failure.message
-    assert "missing.png" in attempt.failure.message
+    attempt = run(tmp_path / "1", arguments)
+    assert (attempt.failure.error, attempt.exit_code) == ("DataError", 65)
+    assert "Too many bad samples: word: 1 of " in attempt.failure.message
+    assert "quarantine" in attempt.failure.message
     assert "\n" not in attempt.failure.message
     assert attempt.commits == []
     # torchrun alone would leave the other rank waiting in its all-reduce for another 30 s.

@@ -16,6 +16,7 @@ from internvl_core.argument_rules import (
     load_properties,
     resolve_arguments,
 )
+from internvl_core.data.conversation import CONV_STYLES
 from internvl_core.errors import ArgumentError
 from internvl_core.not_built import NOT_BUILT
 
@@ -282,6 +283,9 @@ def test_what_is_built_passes(changes: dict[str, Any]) -> None:
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: True, but"),
         ({"save_steps": 2.5}, "save_steps: 2.5 is no number of steps"),
         ({"deepspeed": "zero3", "eval_meta_path": "held_out.json"}, "eval_meta_path: does not work under ZeRO-3 yet"),
+        ({"min_num_frame": 9, "max_num_frame": 8}, "min_num_frame: 9 is more than max_num_frame, 8"),
+        ({"video_sampling": "fps"}, "video_sampling: 'fps' is none of uniform, middle, fpsX"),
+        ({"video_sampling": "fps0.0"}, "video_sampling: 'fps0.0' is none of uniform, middle, fpsX"),
         ({"deepspeed": "zero7"}, "deepspeed: 'zero7' is neither a built-in name nor a readable file"),
         ({"deepspeed": "zero1", "optim": "sgd"}, "optim: sgd, but the deepspeed configuration brings its own AdamW"),
     ],
@@ -295,15 +299,10 @@ def test_a_wrong_combination_is_refused_in_one_line(changes: dict[str, Any], sai
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("conv_style", "internlm2-chat"),
         ("ps_version", "v1"),
         ("mlp_path", "mlp.pt"),
         ("use_liger", True),
         ("use_liger_kernel", True),
-        ("pad2square", True),
-        ("use_data_resampling", True),
-        ("min_num_frame", 4),
-        ("max_num_frame", 64),
         ("use_packed_ds", True),
         ("num_images_expected", 48),
         ("max_packed_tokens", 16384),
@@ -336,8 +335,8 @@ def test_what_is_not_built_is_refused_in_one_line_that_says_what_to_do(name: str
     assert len(message.splitlines()) == 1
 
 
-def test_the_seeds_default_chat_format_is_refused_too() -> None:
-    assert refuse({"model_name_or_path": "m", "meta_path": "meta.json"}).startswith("conv_style: 'internlm2-chat': ")
+def test_every_chat_format_there_is_a_template_for_may_be_asked_for() -> None:
+    assert load_properties()["conv_style"]["enum"] == sorted(CONV_STYLES)
 
 
 def test_the_table_of_what_is_not_built_names_each_argument_once_and_allows_the_defaults() -> None:
@@ -357,7 +356,7 @@ def test_an_entry_that_does_not_exist_yet_is_refused(entry: str, said: str) -> N
 def test_a_check_reports_everything_at_once() -> None:
     message = refuse({"use_packed_ds": True, "report_to": "wandb"}, entry="mpo")
     assert {line.split(":")[0] for line in message.splitlines()} == {
-        *("entry", "model_name_or_path", "meta_path", "report_to", "conv_style", "use_packed_ds")
+        *("entry", "model_name_or_path", "meta_path", "report_to", "use_packed_ds")
     }
 
 

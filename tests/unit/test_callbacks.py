@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from internvl_core.errors import NonFinite
-from internvl_core.train.callbacks import CommitCallback, EpochCallback, MetricsCallback, StopCallback
+from internvl_core.data.quarantine import BadSample
+from internvl_core.errors import DataError, NonFinite, Reason
+from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, EpochCallback, MetricsCallback
+from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.metrics import MetricsFile
 
 
@@ -110,9 +112,24 @@ def test_what_is_saved_is_logged_before_so_that_its_loss_is_checked(metrics: Met
     assert callback.on_epoch_end(arguments(), state(3), TrainerControl(should_save=True)).should_log
 
 
-def test_a_stop_request_saves_and_ends_training() -> None:
+@pytest.fixture
+def ledger(tmp_path: Path) -> SampleLedger:
+    return SampleLedger(["pets"], tmp_path, rank=0, max_bad_fraction=0)
+
+
+def test_too_many_bad_samples_end_training_at_the_step(ledger: SampleLedger) -> None:
+    callback = ConsensusCallback(Request(), ledger)
+    ledger.record(["pets:1"], [], step=0)
+    callback.on_step_end(arguments(), state(1), TrainerControl())
+    assert ledger.counters["samples"] == 1
+    ledger.record(["pets:2"], [BadSample("pets", 3, Reason.MEDIA, "broken")], step=1)
+    with pytest.raises(DataError, match="pets: 1 of 3"):
+        callback.on_step_end(arguments(), state(2), TrainerControl())
+
+
+def test_a_stop_request_saves_and_ends_training(ledger: SampleLedger) -> None:
     request = Request()
-    callback = StopCallback(request)
+    callback = ConsensusCallback(request, ledger)
     control = callback.on_step_end(arguments(), state(3), TrainerControl())
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
     request.set()
@@ -122,10 +139,10 @@ def test_a_stop_request_saves_and_ends_training() -> None:
     assert callback.is_stopping
 
 
-def test_a_stop_request_at_the_last_step_lets_training_finish() -> None:
+def test_a_stop_request_at_the_last_step_lets_training_finish(ledger: SampleLedger) -> None:
     request = Request()
     request.set()
-    callback = StopCallback(request)
+    callback = ConsensusCallback(request, ledger)
     control = callback.on_step_end(arguments(), state(10), TrainerControl())
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
 

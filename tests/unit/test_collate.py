@@ -2,6 +2,8 @@ import torch
 
 from internvl_core.data.collate import PromptCollator, SampleCollator
 from internvl_core.data.dataset import Sample
+from internvl_core.data.quarantine import BadSample
+from internvl_core.errors import Reason
 
 PAD = 7
 
@@ -45,3 +47,23 @@ def test_tiles_are_joined_in_the_order_of_the_samples() -> None:
 def test_a_batch_of_text_has_no_pixels() -> None:
     # F18: the original paid for a white tile per text sample.
     assert "pixel_values" not in SampleCollator(PAD)([sample([1, 2], 0), sample([3], 0)])
+
+
+BAD = BadSample("a", 3, Reason.MEDIA, "a.jsonl:3: broken")
+
+
+def test_a_bad_sample_leaves_its_batch_and_nothing_takes_its_place() -> None:
+    batch = SampleCollator(PAD)([sample([1, 2], 1, "a:1"), BAD, sample([4], 0, "a:2")])
+    assert batch["input_ids"].tolist() == [[1, 2], [4, PAD]]
+    assert batch["sample_ids"] == ["a:1", "a:2"]
+    assert batch["bad_samples"] == [BAD]
+
+
+def test_a_batch_of_which_nothing_is_left_teaches_nothing() -> None:
+    # F7: without a guard its loss is 0/0.
+    batch = SampleCollator(PAD)([BAD, BAD])
+    assert batch["input_ids"].tolist() == [[PAD]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["sample_ids"] == []
+    assert batch["bad_samples"] == [BAD, BAD]
+    assert "pixel_values" not in batch

@@ -1,22 +1,26 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import TOKENIZER, build_encoding
 from PIL import Image
 from tiny_internvl import TILE_SIZE, TOKENS_PER_TILE, build_tiny_model
-from transformers import AutoTokenizer
 
 from internvl_core.arguments import Arguments, parse_arguments
 from internvl_core.data.conversation import IMAGE_CONTEXT
-from internvl_core.data.dataset import Encoding, Question, load_questions
+from internvl_core.data.pixels import PixelRules
+from internvl_core.data.questions import Question, QuestionEncoder, load_questions
 from internvl_core.data.tiling import Tiling
 from internvl_core.evaluate.generate import evaluate_held_out, iter_answers
 from internvl_core.model.internvl import InternVLForTraining
 
-TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "data" / "tokenizer")
-ENCODING = Encoding(TOKENIZER, Tiling(TILE_SIZE, 1, 4, True, True), "internvl2_5", TOKENS_PER_TILE)
+TILING = Tiling(TILE_SIZE, 1, 4, True, True)
+ENCODER = QuestionEncoder(
+    replace(build_encoding(tiling=TILING), tokens_per_tile=TOKENS_PER_TILE), PixelRules("imagenet")
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
         text = "<image>\n" * len(images) + "What is it? " * (1 + number // 3)
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "A cat."}]
         records.append({"image": images or None, "conversations": turns})
-    return load_questions(write_meta(folder, records))
+    return load_questions(write_meta(folder, records), folder / "cache")
 
 
 def write_meta(folder: Path, records: list[dict[str, Any]]) -> Path:
@@ -52,7 +56,7 @@ def build_arguments(*, batch_size: int = 1, **values: Any) -> Arguments:
 
 
 def answer(model: InternVLForTraining, questions: list[Question], *, batch_size: int) -> list[str]:
-    return list(iter_answers(model, ENCODING, questions, build_arguments(batch_size=batch_size)))
+    return list(iter_answers(model, TOKENIZER, ENCODER, questions, build_arguments(batch_size=batch_size)))
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])
@@ -66,7 +70,8 @@ def test_answers_in_batches_are_those_given_one_by_one(
 
 def test_an_answer_depends_on_the_image(model: InternVLForTraining, questions: list[Question]) -> None:
     question = questions[0]
-    other = Question(question.meta, "other", question.where, question.turns, question.answer, ("3.png",))
+    content = replace(question.record.content, images=("3.png",))
+    other = replace(question, record=replace(question.record, content=content))
     assert answer(model, [question], batch_size=1) != answer(model, [other], batch_size=1)
 
 
@@ -83,10 +88,12 @@ def test_the_held_out_set_is_scored_by_exact_match(
     model: InternVLForTraining, questions: list[Question], tmp_path: Path
 ) -> None:
     text = "Say it."
-    (plain,) = load_questions(write_meta(tmp_path, [ask(text, "?")]))
+    (plain,) = load_questions(write_meta(tmp_path, [ask(text, "?")]), tmp_path)
     (said,) = answer(model, [plain], batch_size=1)
     path = write_meta(tmp_path, [ask(text, said), ask(text, said + " and more"), ask(text, said)])
-    scores = evaluate_held_out(model, ENCODING, build_arguments(batch_size=2, eval_meta_path=str(path)))
+    scores = evaluate_held_out(
+        model, TOKENIZER, ENCODER, build_arguments(batch_size=2, eval_meta_path=str(path), cache_dir=str(tmp_path))
+    )
     assert scores == {"accuracy": pytest.approx(2 / 3), "accuracy/pets": pytest.approx(2 / 3)}
 
 
@@ -95,4 +102,4 @@ def ask(text: str, expected: str) -> dict[str, Any]:
 
 
 def test_without_a_held_out_set_there_is_no_score(model: InternVLForTraining) -> None:
-    assert evaluate_held_out(model, ENCODING, build_arguments()) == {}
+    assert evaluate_held_out(model, TOKENIZER, ENCODER, build_arguments()) == {}

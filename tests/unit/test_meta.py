@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from internvl_core.data.meta import digest_meta, load_meta
@@ -23,7 +24,7 @@ def write_meta(folder: Path, content: Any = None, **entry: Any) -> Path:
 def test_relative_paths_start_at_the_meta_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     (meta,) = load_meta(write_meta(tmp_path, repeat_time=2, max_dynamic_patch=6, length=3, data_augment=True))
-    assert (meta.root, meta.annotation) == (tmp_path / "images", tmp_path / "a.jsonl")
+    assert (meta.root, meta.annotation) == (str(tmp_path / "images"), str(tmp_path / "a.jsonl"))
     assert (meta.name, meta.repeat_time, meta.max_dynamic_patch, meta.data_augment) == ("pets", 2, 6, True)
 
 
@@ -60,8 +61,8 @@ def test_a_repeat_time_that_is_no_number_of_passes_is_refused(tmp_path: Path, re
         ("", r"meta\.json:1:1: not JSON"),
         ('{"a": 1,}', r"meta\.json:1:\d+: not JSON"),
         ('{"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": NaN}}', "NaN"),
-        ("[]", "one key per dataset"),
-        ("{}", "one key per dataset"),
+        ("[]", "one key per data set"),
+        ("{}", "one key per data set"),
         ('{"a": 3}', "'a': must be an object"),
         ('{"a\\u0000": {}}', "printable"),
         ("[" * 100_000, "nested too deeply"),
@@ -84,15 +85,56 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     ("entry", "expected"),
     [
         ({"root": "nowhere"}, "nowhere is not a directory"),
-        ({"annotation": "b.jsonl"}, r"b\.jsonl is not a \.jsonl file"),
+        ({"annotation": "b.jsonl"}, r"b\.jsonl is not a file"),
         ({"annotation": "images"}, r"images is not a \.jsonl file"),
-        ({"root": "s3://bucket/images"}, "remote data is not built yet"),
-        ({"length": 4}, r"length is 4, but .*a\.jsonl has 3 records"),
+        ({"annotation": "a.json"}, r"a\.json is not a \.jsonl file"),
+        ({"root": "nosuch://bucket/images"}, "Unknown protocol nosuch"),
+        ({"root": "simplecache::s3://bucket/images"}, "chains protocols"),
+        ({"annotation": "s3://key:secret@bucket/a.jsonl"}, "carries credentials"),
+        ({"annotation": "file://a.jsonl"}, "is a relative path"),
     ],
 )
 def test_a_dataset_that_does_not_fit_its_files_is_refused(tmp_path: Path, entry: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         load_meta(write_meta(tmp_path, **entry))
+
+
+def test_no_secret_of_an_address_is_repeated(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        load_meta(write_meta(tmp_path, annotation="s3://key:hunter2@bucket/a.jsonl"))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_data_set_may_have_a_chat_format_a_weight_and_a_system_prompt_of_its_own(tmp_path: Path) -> None:
+    own = {"conv_style": "Hermes-2", "weight": 2, "system_prompt": "", "ignore_keys": ["model"]}
+    (meta,) = load_meta(write_meta(tmp_path, **own))
+    assert (meta.conv_style, meta.weight, meta.system_prompt, meta.ignore_keys) == ("Hermes-2", 2, "", ("model",))
+
+
+def test_an_unknown_chat_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'pets': conv_style: 'internvl3'.*internvl2_5"):
+        load_meta(write_meta(tmp_path, conv_style="internvl3"))
+
+
+def test_a_meta_file_of_megabytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "meta.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(DataError, match="larger than 16 MiB"):
+        load_meta(path)
+
+
+def test_roots_and_annotations_may_lie_on_s3(tmp_path: Path, s3_bucket_uri: str) -> None:
+    filesystem = fsspec.filesystem("s3")
+    filesystem.pipe_file(f"{s3_bucket_uri}/a.jsonl", (LINE * 3).encode())
+    filesystem.pipe_file(f"{s3_bucket_uri}/images/1.png", b"...")
+    path = write_meta(tmp_path, root=f"{s3_bucket_uri}/images", annotation=f"{s3_bucket_uri}/a.jsonl")
+    (meta,) = load_meta(path)
+    assert (meta.root, meta.annotation) == (f"{s3_bucket_uri}/images", f"{s3_bucket_uri}/a.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is not a file"):
+        load_meta(write_meta(tmp_path, annotation=f"{s3_bucket_uri}/b.jsonl"))
+    local = digest_meta(write_meta(tmp_path), tmp_path / "cache")
+    assert digest_meta(write_meta(tmp_path, annotation=f"{s3_bucket_uri}/a.jsonl"), tmp_path / "cache") != local
 
 
 def test_a_missing_meta_file_is_refused(tmp_path: Path) -> None:
@@ -113,14 +155,15 @@ def test_repeat_time_is_passes_and_a_share(
 
 def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     path = write_meta(tmp_path / "here")
-    before = digest_meta(path)
+    before = digest_meta(path, tmp_path / "cache")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
-    assert digest_meta(tmp_path / "there" / "meta.json") == before
+    assert digest_meta(tmp_path / "there" / "meta.json", tmp_path / "cache") == before
     (tmp_path / "here" / "a.jsonl").write_text(LINE * 2 + LINE.replace("b", "c"))
-    assert digest_meta(path) != before
+    assert digest_meta(path, tmp_path / "cache") != before
 
 
 def test_the_digest_takes_a_default_and_its_spelling_out_for_the_same(tmp_path: Path) -> None:
-    implicit = digest_meta(write_meta(tmp_path))
-    assert digest_meta(write_meta(tmp_path, repeat_time=1, data_augment=False)) == implicit
-    assert digest_meta(write_meta(tmp_path, repeat_time=2)) != implicit
+    cache = tmp_path / "cache"
+    implicit = digest_meta(write_meta(tmp_path), cache)
+    assert digest_meta(write_meta(tmp_path, repeat_time=1, data_augment=False), cache) == implicit
+    assert digest_meta(write_meta(tmp_path, repeat_time=2), cache) != implicit

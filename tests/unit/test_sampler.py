@@ -1,43 +1,44 @@
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
+from data_sets import build_encoding, record, write_meta
 
+from internvl_core.data.index import open_index
+from internvl_core.data.meta import load_meta
+from internvl_core.data.mixture import Mixture
 from internvl_core.train.sampler import EpochSampler
 
-LENGTHS = [(7 * number) % 101 for number in range(101)]
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """A hundred and one records of different lengths, in two data sets."""
+    folder = tmp_path_factory.mktemp("lengths")
+    records = [record(answer="word " * (1 + (7 * number) % 101)) for number in range(101)]
+    path = write_meta(folder, {"a": records[:60], "b": records[60:]})
+    indexes = [open_index(meta, build_encoding(), folder / "cache") for meta in load_meta(path)]
+    return Mixture(indexes, seed=1, max_tokens=None)
 
 
-def draw(lengths: list[int] | None, *, seed: int = 0, epoch: int = 0) -> list[int]:
-    sampler = EpochSampler(len(LENGTHS), seed=seed, lengths=lengths, batch_size=4)
+def draw(mixture: Mixture, *, is_grouped: bool, epoch: int = 0) -> list[int]:
+    sampler = EpochSampler(mixture, is_grouped=is_grouped, batch_size=4)
     sampler.set_epoch(epoch)
     return list(sampler)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
-    is_grouped=st.booleans(),
-    batch_size=st.integers(1, 9),
-    seed=st.integers(0, 3),
-    epoch=st.integers(0, 3),
-)
-def test_each_sample_comes_once_an_epoch(
-    lengths: list[int], is_grouped: bool, batch_size: int, seed: int, epoch: int
-) -> None:
-    sampler = EpochSampler(len(lengths), seed=seed, lengths=lengths if is_grouped else None, batch_size=batch_size)
-    sampler.set_epoch(epoch)
-    assert len(sampler) == len(lengths)
-    assert sorted(sampler) == list(range(len(lengths)))
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_each_sample_comes_once_an_epoch(mixture: Mixture, is_grouped: bool) -> None:
+    assert len(EpochSampler(mixture, is_grouped=is_grouped, batch_size=4)) == 101
+    assert sorted(draw(mixture, is_grouped=is_grouped)) == list(range(101))
 
 
-def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
-    for lengths in (None, LENGTHS):
-        assert draw(lengths, seed=1, epoch=2) == draw(lengths, seed=1, epoch=2)
-        assert draw(lengths, seed=1) != draw(lengths, seed=2)
-        assert draw(lengths, epoch=0) != draw(lengths, epoch=1)
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else(mixture: Mixture, is_grouped: bool) -> None:
+    assert draw(mixture, is_grouped=is_grouped, epoch=2) == draw(mixture, is_grouped=is_grouped, epoch=2)
+    assert draw(mixture, is_grouped=is_grouped, epoch=0) != draw(mixture, is_grouped=is_grouped, epoch=1)
 
 
-def test_samples_of_like_length_share_a_batch() -> None:
+def test_samples_of_like_length_share_a_batch(mixture: Mixture) -> None:
     def spread(order: list[int]) -> int:
-        batches = [[LENGTHS[index] for index in order[start : start + 4]] for start in range(0, 100, 4)]
+        lengths = [mixture.count_tokens(number) for number in order]
+        batches = [lengths[start : start + 4] for start in range(0, 100, 4)]
         return sum(max(batch) - min(batch) for batch in batches)
 
-    assert spread(draw(LENGTHS)) < spread(draw(None)) / 3
+    assert spread(draw(mixture, is_grouped=True)) < spread(draw(mixture, is_grouped=False)) / 3

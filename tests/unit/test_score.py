@@ -1,16 +1,16 @@
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from internvl_core.data.dataset import Question
 from internvl_core.data.meta import DatasetMeta
+from internvl_core.data.questions import Question
+from internvl_core.data.records import ParsedRecord, Record
 from internvl_core.evaluate.score import count_matches, is_exact_match, summarize_accuracy
 
 
 def ask(dataset: str, answer: str) -> Question:
-    meta = DatasetMeta(dataset, Path(), Path("a.jsonl"), False, 1, None)
-    return Question(meta, f"{dataset}:1", "a.jsonl:1", (), answer, ())
+    meta = DatasetMeta(dataset, root="/", annotation="/a.jsonl")
+    return Question(meta, Record(dataset, "/a.jsonl", 1, ParsedRecord(())), answer)
 
 
 @pytest.mark.parametrize(

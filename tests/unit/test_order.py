@@ -1,0 +1,79 @@
+"""The order of an epoch is computed; these say that it is still an order."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internvl_core.data.order import Interleave, Permutation
+
+
+def list_order(interleave: Interleave, start: int = 0) -> list[tuple[int, int]]:
+    return [
+        pair
+        for sources, draws in interleave.iter_blocks(start)
+        for pair in zip(sources.tolist(), draws.tolist(), strict=True)
+    ]
+
+
+@given(st.integers(1, 5000), st.text(max_size=8))
+def test_a_permutation_gives_every_element_once(size: int, key: str) -> None:
+    assert sorted(Permutation(size, key).take(np.arange(size)).tolist()) == list(range(size))
+
+
+def test_permutations_of_different_keys_have_nothing_in_common() -> None:
+    first, second = (Permutation(10_000, key).take(np.arange(10_000)) for key in ("1/0/pets/0", "1/1/pets/0"))
+    # Two independent permutations agree in one place on the average.
+    assert int((first == second).sum()) < 10
+    assert abs(float(np.corrcoef(first, np.arange(10_000))[0, 1])) < 0.05
+
+
+def test_a_permutation_of_ten_million_is_not_held() -> None:
+    permutation = Permutation(10_000_000, "key")
+    held = sum(value.nbytes for value in vars(permutation).values() if isinstance(value, np.ndarray))
+    assert held < 1000
+    taken = permutation.take(np.arange(9_999_000, 10_000_000))
+    assert len(set(taken.tolist())) == 1000
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.data())
+@settings(max_examples=60)
+def test_an_interleave_gives_every_draw_once_and_each_source_in_its_order(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    rates = data.draw(st.lists(st.floats(0.01, 1000), min_size=len(sizes), max_size=len(sizes)))
+    order = list_order(Interleave(sizes, rates, "key"))
+    assert Counter(order) == {(source, draw): 1 for source, size in enumerate(sizes) for draw in range(size)}
+    for source, size in enumerate(sizes):
+        assert [draw for which, draw in order if which == source] == list(range(size))
+
+
+@given(st.integers(0, 12_000))
+@settings(max_examples=40)
+def test_an_interleave_goes_on_from_any_draw(start: int) -> None:
+    interleave = Interleave([9000, 2990, 10], [9000, 2990, 10], "key")
+    assert list_order(interleave, start) == list_order(interleave)[start:]
+
+
+def test_every_stretch_of_the_epoch_has_each_source_by_its_rate() -> None:
+    order = [source for source, _ in list_order(Interleave([60_000, 30_000, 10_000], [6, 3, 1], "key"))]
+    for start in range(0, 100_000, 500):
+        counts = Counter(order[start : start + 500])
+        assert counts[0] == pytest.approx(300, abs=4)
+        assert counts[1] == pytest.approx(150, abs=4)
+        assert counts[2] == pytest.approx(50, abs=4)
+
+
+def test_a_source_of_twice_the_weight_is_used_up_in_half_the_time() -> None:
+    order = [source for source, _ in list_order(Interleave([5000, 5000], [2, 1], "key"))]
+    last = max(place for place, source in enumerate(order) if source == 0)
+    assert last == pytest.approx(7500, abs=10)
+
+
+def test_orders_of_different_keys_differ() -> None:
+    one, other = (list_order(Interleave([500, 500], [1, 1], key)) for key in ("0/0", "0/1"))
+    assert one != other
+    assert sum(a == b for a, b in itertools.zip_longest(one, other)) < 900
