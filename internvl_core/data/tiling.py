@@ -66,6 +66,12 @@ def choose_grid(width: int, height: int, *, min_tiles: int, max_tiles: int, tile
     Returns:
         Columns and rows; (1, 1) where the bounds allow no grid.
     """
+    return _choose_grid(width, height, min_tiles, max_tiles, tile_size)
+
+
+# Cameras and scanners have few formats: nearly every size of a data set has been seen before.
+@lru_cache(maxsize=1 << 14)
+def _choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
     aspect_ratio = width / height
     best, best_distance = (1, 1), float("inf")
     for columns, rows in _list_grids(min_tiles, max_tiles):
