@@ -28,9 +28,11 @@ MAX_LINE_BYTES = 64 << 20
 ANY_KEY = "*"
 """In a data set's `ignore_keys`: any key that is not known."""
 
-RECORD_KEYS = (
-    *("id", "conversations", "image", "video", "clip"),
-    *("width", "height", "width_list", "height_list", "length"),
+RECORD_KEYS = frozenset(
+    {
+        *("id", "conversations", "image", "video", "clip"),
+        *("width", "height", "width_list", "height_list", "length"),
+    }
 )
 _TURN_KEYS = frozenset({"from", "value"})
 
@@ -126,17 +128,17 @@ def _parse_json(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _check_keys(content: dict[str, Any], known: Collection[str], ignored: Collection[str]) -> None:
-    if content.keys() <= set(known):
+def _check_keys(content: dict[str, Any], known: frozenset[str], ignored: Collection[str]) -> None:
+    if known.issuperset(content):
         return
     for key in content:
         if key in known or key in ignored:
             continue
-        nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+        nearest = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.8)
         if nearest:
             raise DataError(f"unknown key {_shorten(key)}. Did you mean {nearest[0]!r}?")
         if ANY_KEY not in ignored:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)
             raise DataError(
                 f"unknown key {_shorten(key)}, nearest known: {nearest[0]!r}. If it is a note that training does not "
                 "need, list it in the data set's ignore_keys."
