@@ -46,11 +46,12 @@ class MetricsCallback(TrainerCallback):
     """Append a line to metrics.jsonl at each log step, on rank 0; each step that is saved is one.
 
     A loss or gradient norm that is not finite ends training on every rank: the weights it
-    made are never saved. Place it behind whatever asks for a save.
+    made are never saved. Place it behind whatever asks for a save and behind the ranks' consensus.
     """
 
-    def __init__(self, metrics: MetricsFile) -> None:
+    def __init__(self, metrics: MetricsFile, ledger: SampleLedger) -> None:
         self._metrics = metrics
+        self._ledger = ledger
         self._last_time = 0.0
         self._last_tokens = 0
         self._last_step = 0
@@ -104,6 +105,7 @@ class MetricsCallback(TrainerCallback):
             **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),
             tokens_per_s=(state.num_input_tokens_seen - self._last_tokens) / elapsed_s,
             steps_per_s=steps / elapsed_s,
+            bad_samples=self._ledger.counters["bad_samples"],
             eta_s=(state.max_steps - state.global_step) * elapsed_s / max(steps, 1),
         )
         self._last_time, self._last_tokens, self._last_step = now, state.num_input_tokens_seen, state.global_step

@@ -194,7 +194,7 @@ class StageRun:
     ) -> InternVLTrainer:
         arguments = self._arguments
         consensus = ConsensusCallback(self._stop_request, ledger)
-        callbacks = [consensus, MetricsCallback(self._metrics)]
+        callbacks = [consensus, MetricsCallback(self._metrics, ledger)]
         if self._commits is not None:
             callbacks.append(CommitCallback(partial(self._publish_training, ledger)))
         trainer = InternVLTrainer(

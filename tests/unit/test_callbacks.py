@@ -57,8 +57,13 @@ def log(callback: MetricsCallback, state: TrainerState, **logs: float) -> None:
     callback.on_log(arguments(), state, TrainerControl(), logs={"learning_rate": 0.1, **logs})
 
 
-def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(metrics: MetricsFile) -> None:
-    callback = MetricsCallback(metrics)
+@pytest.fixture
+def ledger(tmp_path: Path) -> SampleLedger:
+    return SampleLedger(["pets"], tmp_path, rank=0, max_bad_fraction=0)
+
+
+def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(metrics: MetricsFile, ledger: SampleLedger) -> None:
+    callback = MetricsCallback(metrics, ledger)
     callback.on_train_begin(arguments(), state(4, tokens=1000), TrainerControl())
     log(callback, state(6, tokens=1600), loss=2.5, grad_norm=1.5)
     (line,) = metrics.read()
@@ -68,8 +73,8 @@ def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(metrics: Metric
     assert line["eta_s"] * line["steps_per_s"] == pytest.approx(4)
 
 
-def test_speed_is_measured_since_the_last_line(metrics: MetricsFile) -> None:
-    callback = MetricsCallback(metrics)
+def test_speed_is_measured_since_the_last_line(metrics: MetricsFile, ledger: SampleLedger) -> None:
+    callback = MetricsCallback(metrics, ledger)
     callback.on_train_begin(arguments(), state(0), TrainerControl())
     log(callback, state(1, tokens=900), loss=1.0)
     log(callback, state(3, tokens=1000), loss=1.0)
@@ -77,8 +82,8 @@ def test_speed_is_measured_since_the_last_line(metrics: MetricsFile) -> None:
     assert line["tokens_per_s"] / line["steps_per_s"] == pytest.approx(50)
 
 
-def test_only_rank_0_writes_and_only_lines_with_a_loss(metrics: MetricsFile) -> None:
-    callback = MetricsCallback(metrics)
+def test_only_rank_0_writes_and_only_lines_with_a_loss(metrics: MetricsFile, ledger: SampleLedger) -> None:
+    callback = MetricsCallback(metrics, ledger)
     log(callback, state(1, is_main=False), loss=1.0)
     callback.on_log(arguments(), state(1), TrainerControl(), logs={"train_runtime": 3.0})
     assert metrics.read() == []
@@ -87,34 +92,31 @@ def test_only_rank_0_writes_and_only_lines_with_a_loss(metrics: MetricsFile) -> 
 @pytest.mark.parametrize("is_main", [True, False])
 @pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": 1.0, "grad_norm": float("inf")}])
 def test_a_value_that_is_not_finite_ends_training_on_every_rank(
-    metrics: MetricsFile, logs: dict[str, float], is_main: bool
+    metrics: MetricsFile, ledger: SampleLedger, logs: dict[str, float], is_main: bool
 ) -> None:
     with pytest.raises(NonFinite, match=r"^step 3: (loss is nan|grad_norm is inf)\. ") as failure:
-        log(MetricsCallback(metrics), state(3, is_main=is_main), **logs)
+        log(MetricsCallback(metrics, ledger), state(3, is_main=is_main), **logs)
     assert "\n" not in str(failure.value)
     assert metrics.read() == []
 
 
-def test_a_gradient_that_overflows_in_fp16_is_the_scalers_business(metrics: MetricsFile) -> None:
+def test_a_gradient_that_overflows_in_fp16_is_the_scalers_business(metrics: MetricsFile, ledger: SampleLedger) -> None:
     logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": float("inf")}
-    MetricsCallback(metrics).on_log(arguments(fp16=True), state(1), TrainerControl(), logs=logs)
+    MetricsCallback(metrics, ledger).on_log(arguments(fp16=True), state(1), TrainerControl(), logs=logs)
     with pytest.raises(NonFinite):
-        MetricsCallback(metrics).on_log(
+        MetricsCallback(metrics, ledger).on_log(
             arguments(fp16=True), state(1), TrainerControl(), logs={"loss": float("nan"), "learning_rate": 0.1}
         )
 
 
 @pytest.mark.parametrize("reason", ["should_save", "should_training_stop"])
-def test_what_is_saved_is_logged_before_so_that_its_loss_is_checked(metrics: MetricsFile, reason: str) -> None:
-    callback = MetricsCallback(metrics)
+def test_what_is_saved_is_logged_before_so_that_its_loss_is_checked(
+    metrics: MetricsFile, ledger: SampleLedger, reason: str
+) -> None:
+    callback = MetricsCallback(metrics, ledger)
     assert callback.on_step_end(arguments(), state(3), TrainerControl(**{reason: True})).should_log
     assert not callback.on_step_end(arguments(), state(3), TrainerControl()).should_log
     assert callback.on_epoch_end(arguments(), state(3), TrainerControl(should_save=True)).should_log
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> SampleLedger:
-    return SampleLedger(["pets"], tmp_path, rank=0, max_bad_fraction=0)
 
 
 def test_too_many_bad_samples_end_training_at_the_step(ledger: SampleLedger) -> None:
