@@ -25,8 +25,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from internvl_core.data.meta import DatasetMeta
-from internvl_core.data.records import IMAGE_TAG, RecordFile
+from internvl_core.data.conversation import render_frames
+from internvl_core.data.records import IMAGE_TAG, ParsedRecord, parse_record
 from internvl_core.errors import ArgumentError, DataError
 from internvl_core.smoke.generated import generate_once, run_command
 
@@ -34,8 +34,10 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 _ROLES = ("system", "user", "assistant")
 _EMBEDDING_MULTIPLE = 64
 _MAX_POSITIONS = 2048
+# Of a video in the text that the tokenizer is trained on.
+_NUM_FRAMES = 4
 # Raise it when the content changes, so that folders of the old content are not taken for the new.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,18 @@ def _iter_texts(annotations: list[Path]) -> Iterator[str]:
     # The roles appear in every rendered turn but in no annotation.
     yield from (f"{role}\n" for role in _ROLES for _ in range(1000))
     for path in annotations:
-        meta = DatasetMeta(path.stem, path.parent, path, data_augment=False, repeat_time=1, max_dynamic_patch=None)
-        yield from (turn.text.replace(IMAGE_TAG, "") for record in RecordFile(meta) for turn in record.turns)
+        for record in _iter_records(path):
+            turns = render_frames(record.turns, _NUM_FRAMES) if record.video else record.turns
+            yield from (turn["value"].replace(IMAGE_TAG, "") for turn in turns)
+
+
+def _iter_records(path: Path) -> Iterator[ParsedRecord]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield parse_record(line)
+            except DataError as error:
+                raise DataError(f"{path}:{number}: {error}", reason=error.reason) from None
 
 
 def _build_parser() -> argparse.ArgumentParser:

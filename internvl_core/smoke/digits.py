@@ -1,10 +1,11 @@
 """The smoke data: scikit-learn's handwritten digits as PNG files with InternVL records about them.
 
     OUT/images/0000.png ...          32 x 32 px, RGB
+    OUT/videos/0000-0001.mp4 ...     image 0000, then image 0001
     OUT/annotations/*.jsonl
     OUT/pretrain.json, OUT/pretrain_held_out.json, OUT/finetune.json, OUT/finetune_held_out.json
 
-The split is by image: none of a held-out file occurs in any training file. Every record says its
+The split is by image: none of a held-out file occurs in any training file, nor in its videos. Every record says its
 system message, the empty one: InternVL's default message would be most of such a short sequence.
 """
 
@@ -22,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from internvl_core.errors import ArgumentError
+from internvl_core.smoke.clips import write_clip
 from internvl_core.smoke.generated import generate_once, run_command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -29,12 +31,16 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 _IMAGE_SIDE_PX = 32
 _NUM_IMAGES = 1797
 # Raise it when the content changes, so that folders of the old content are not taken for the new.
-_FORMAT = 1
+_FORMAT = 2
 
 _DIGIT_QUESTIONS = ("What digit is this?", "Which digit is it?")
 _SEVEN_QUESTION = "Is it a 7?"
 _EVEN_QUESTION = "Is it even?"
 _WORD_QUESTION = "Name this digit in a word."
+_PAIR_QUESTION = "Image-1: <image>\nImage-2: <image>\nWhich digits are these?"
+_CLIP_QUESTION = "<video>\nWhich digits are shown?"
+# Pairs and clips, of each a sixth of the number of images: seen, but without a weight in the mix.
+_IMAGES_PER_PAIR = 6
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def generate_digits(out_dir: Path, settings: DigitsSettings) -> bool:
 
 def _write(folder: Path, settings: DigitsSettings) -> None:
     digits = _write_images(folder / "images")
+    (folder / "videos").mkdir()
     order = random.Random(settings.seed)  # noqa: S311
     digits = _mix(digits, order)
     train = digits[: settings.num_train]
@@ -83,12 +90,16 @@ def _write(folder: Path, settings: DigitsSettings) -> None:
         "seven": _ask_seven(train, order, num_pairs=len(train) // 2),
         "even": _ask_even(train),
         "text": _ask_text(),
+        "pair": _ask_pair(train, order),
+        "clip": _ask_clip(folder, train, order),
     }
     _write_meta(folder, "pretrain", pretrain, data_augment=True, repeat_time={"digit": 2, "text": 4})
     pretrain_held_out = {
         "digit": _ask_digit(held_out),
         "seven": _ask_seven(held_out, order, num_pairs=sum(digit.value == 7 for digit in held_out)),
         "even": _ask_even(held_out),
+        "pair": _ask_pair(held_out, order),
+        "clip": _ask_clip(folder, held_out, order),
     }
     _write_meta(folder, "pretrain_held_out", pretrain_held_out)
     _write_meta(folder, "finetune", {"word": _ask_word(train)}, data_augment=True)
@@ -145,6 +156,36 @@ def _ask_word(digits: Iterable[Digit]) -> list[dict[str, Any]]:
     return [_record(_WORD_QUESTION, WORDS[digit.value], digit.image) for digit in digits]
 
 
+def _ask_pair(digits: Sequence[Digit], order: random.Random) -> list[dict[str, Any]]:
+    return [
+        _converse(
+            _PAIR_QUESTION,
+            f"{first.value} {second.value}",
+            image=[first.image, second.image],
+            width_list=[_IMAGE_SIDE_PX, _IMAGE_SIDE_PX],
+            height_list=[_IMAGE_SIDE_PX, _IMAGE_SIDE_PX],
+        )
+        for first, second in _draw_pairs(digits, order)
+    ]
+
+
+def _ask_clip(folder: Path, digits: Sequence[Digit], order: random.Random) -> list[dict[str, Any]]:
+    """Ask about two digits that a video shows one after the other, and write the videos."""
+    records = []
+    for first, second in _draw_pairs(digits, order):
+        name = f"{Path(first.image).stem}-{Path(second.image).stem}.mp4"
+        write_clip(folder / "videos" / name, [Image.open(folder / "images" / digit.image) for digit in (first, second)])
+        records.append(_converse(_CLIP_QUESTION, f"{first.value} {second.value}", video=name))
+    return records
+
+
+def _draw_pairs(digits: Sequence[Digit], order: random.Random) -> list[tuple[Digit, Digit]]:
+    """Pair images at random, none with itself and none twice in the same place."""
+    num_pairs = len(digits) // _IMAGES_PER_PAIR
+    chosen = order.sample(digits, 2 * num_pairs)
+    return list(zip(chosen[:num_pairs], chosen[num_pairs:], strict=True))
+
+
 def _ask_text() -> list[dict[str, Any]]:
     """Ask, without an image, for the words that the finetune answers with."""
     records = []
@@ -158,12 +199,18 @@ def _ask_text() -> list[dict[str, Any]]:
 
 
 def _record(question: str, answer: str, image: str | None = None) -> dict[str, Any]:
+    if image is None:
+        return _converse(question, answer)
+    return _converse(f"<image>\n{question}", answer, image=image, width=_IMAGE_SIDE_PX, height=_IMAGE_SIDE_PX)
+
+
+def _converse(question: str, answer: str, **media: Any) -> dict[str, Any]:
     turns = [
         {"from": "system", "value": ""},
-        {"from": "human", "value": f"<image>\n{question}" if image else question},
+        {"from": "human", "value": question},
         {"from": "gpt", "value": answer},
     ]
-    return {"image": image, "conversations": turns} if image else {"conversations": turns}
+    return {**media, "conversations": turns}
 
 
 def _write_meta(
@@ -180,7 +227,7 @@ def _write_meta(
         lines = [json.dumps({"id": number, **record}) for number, record in enumerate(records)]
         (folder / annotation).write_text("\n".join(lines) + "\n")
         meta[dataset] = {
-            "root": "images",
+            "root": "videos" if dataset == "clip" else "images",
             "annotation": annotation,
             "data_augment": data_augment,
             "repeat_time": (repeat_time or {}).get(dataset, 1),

@@ -1,14 +1,18 @@
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from internvl_core.data.dataset import load_questions
+from internvl_core.data.media_root import open_root
 from internvl_core.data.meta import load_meta
-from internvl_core.data.records import RecordFile
+from internvl_core.data.records import ParsedRecord, parse_record
+from internvl_core.data.video import FrameSampling, load_frames, probe_video
 from internvl_core.errors import ArgumentError, DataError
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import WORDS, DigitsSettings, generate_digits
@@ -24,8 +28,28 @@ def digest_folder(folder: Path) -> dict[str, str]:
     }
 
 
-def read_images(meta_path: Path) -> set[str]:
-    return {image for meta in load_meta(meta_path) for record in RecordFile(meta) for image in record.images}
+def read_records(meta_path: Path) -> dict[str, list[ParsedRecord]]:
+    return {
+        meta.name: [parse_record(line) for line in Path(meta.annotation).read_bytes().splitlines()]
+        for meta in load_meta(meta_path)
+    }
+
+
+def list_images(record: ParsedRecord) -> list[str]:
+    """Name the images of a record; a clip is named after those that it shows."""
+    if record.video is None:
+        return list(record.images)
+    return [f"{stem}.png" for stem in Path(record.video).stem.split("-")]
+
+
+def read_images(*meta_paths: Path) -> set[str]:
+    return {
+        image
+        for path in meta_paths
+        for records in read_records(path).values()
+        for record in records
+        for image in list_images(record)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +68,25 @@ def components(digits: Path) -> Path:
 
 def test_every_meta_file_loads_and_every_record_is_sound(digits: Path) -> None:
     counts = {
-        name: {meta.name: len(list(RecordFile(meta))) for meta in load_meta(digits / f"{name}.json")}
+        name: {dataset: len(records) for dataset, records in read_records(digits / f"{name}.json").items()}
         for name in ("pretrain", "pretrain_held_out", "finetune", "finetune_held_out")
     }
     assert counts["pretrain"]["digit"] == counts["pretrain"]["even"] == counts["finetune"]["word"] == 1437
     assert counts["pretrain_held_out"]["digit"] == counts["finetune_held_out"]["word"] == 360
-    assert set(counts["pretrain"]) == {"digit", "seven", "even", "text"}
+    assert set(counts["pretrain"]) == {"digit", "seven", "even", "text", "pair", "clip"}
+    assert counts["pretrain"]["pair"] == counts["pretrain"]["clip"] == 239
+    assert counts["pretrain_held_out"]["pair"] == counts["pretrain_held_out"]["clip"] == 60
+
+
+def test_every_record_says_how_large_its_images_are(digits: Path) -> None:
+    for name in ("pretrain", "pretrain_held_out", "finetune", "finetune_held_out"):
+        for records in read_records(digits / f"{name}.json").values():
+            assert all(record.sizes == ((32, 32),) * len(record.images) for record in records if record.images)
 
 
 def test_no_held_out_image_is_ever_trained_on(digits: Path) -> None:
-    trained = read_images(digits / "pretrain.json") | read_images(digits / "finetune.json")
-    held_out = read_images(digits / "pretrain_held_out.json") | read_images(digits / "finetune_held_out.json")
+    trained = read_images(digits / "pretrain.json", digits / "finetune.json")
+    held_out = read_images(digits / "pretrain_held_out.json", digits / "finetune_held_out.json")
     assert (len(trained), len(held_out)) == (1437, 360)
     contents = {(digits / "images" / name).read_bytes() for name in trained}
     assert not any((digits / "images" / name).read_bytes() in contents for name in held_out)
@@ -62,22 +94,40 @@ def test_no_held_out_image_is_ever_trained_on(digits: Path) -> None:
 
 def test_half_of_the_questions_about_seven_are_about_a_seven(digits: Path) -> None:
     for name in ("pretrain", "pretrain_held_out"):
-        (seven,) = (meta for meta in load_meta(digits / f"{name}.json") if meta.name == "seven")
-        answers = [record.turns[-1].text for record in RecordFile(seven)]
+        answers = [record.turns[-1]["value"] for record in read_records(digits / f"{name}.json")["seven"]]
         assert answers.count("yes") == answers.count("no") > 30
 
 
-def test_the_answers_to_one_image_agree_with_each_other(digits: Path) -> None:
-    answers: dict[tuple[str, ...], dict[str, str]] = {}
-    for name in ("pretrain_held_out", "finetune_held_out"):
-        for question in load_questions(digits / f"{name}.json"):
-            answers.setdefault(question.images, {})[question.meta.name] = question.answer
-    assert len(answers) == 360
-    for answer in answers.values():
-        digit = int(answer["digit"])
-        assert answer["word"] == WORDS[digit]
-        assert answer["even"] == ("no" if digit % 2 else "yes")
-        assert answer.get("seven", "yes" if digit == 7 else "no") == ("yes" if digit == 7 else "no")
+@pytest.mark.parametrize("part", ["", "_held_out"])
+def test_the_answers_to_one_image_agree_with_each_other(part: str, digits: Path) -> None:
+    pretrain = read_records(digits / f"pretrain{part}.json")
+    values = {record.images[0]: int(record.turns[-1]["value"]) for record in pretrain["digit"]}
+    expected: dict[str, Callable[[int], str]] = {
+        "seven": lambda digit: "yes" if digit == 7 else "no",
+        "even": lambda digit: "no" if digit % 2 else "yes",
+        "word": lambda digit: WORDS[digit],
+    }
+    finetune = read_records(digits / f"finetune{part}.json")
+    for dataset, answer in expected.items():
+        for record in {**pretrain, **finetune}[dataset]:
+            assert record.turns[-1]["value"] == answer(values[record.images[0]])
+    for record in [*pretrain["pair"], *pretrain["clip"]]:
+        first, second = (values[image] for image in list_images(record))
+        assert record.turns[-1]["value"] == f"{first} {second}"
+
+
+def test_a_clip_shows_its_two_digits_for_four_frames_each(digits: Path) -> None:
+    root = open_root(str(digits / "videos"))
+    for record in read_records(digits / "pretrain_held_out.json")["clip"][:5]:
+        assert record.video is not None
+        info = probe_video(root, record.video)
+        assert (info.num_frames, info.width, info.height) == (8, 32, 32)
+        frames = load_frames(root, record.video, info, FrameSampling.parse("middle", 8, 8), count=8, key="")
+        images = [np.asarray(Image.open(digits / "images" / name), np.float32) for name in list_images(record)]
+        for number, frame in enumerate(frames):
+            distances = [np.abs(np.asarray(frame, np.float32) - image).mean() for image in images]
+            assert np.argmin(distances) == number // 4
+            assert min(distances) < 8
 
 
 def test_equal_settings_give_equal_bytes(digits: Path, tmp_path: Path) -> None:
@@ -107,7 +157,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_a_failed_generation_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_text('{"no": "turns"}\n')
+    (tmp_path / "texts" / "a.jsonl").write_text('{"conversations": []}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:1: conversations must be"):
         generate_components(tmp_path / "out", tmp_path / "texts", ComponentsSettings())
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
@@ -144,6 +194,12 @@ def test_the_tokenizer_reads_digits_singly_and_chat_tokens_whole(components: Pat
     assert "<IMG_CONTEXT>" not in tokenizer.get_vocab()
     for text in ("What digit is this?", "数字七 é \n\t x"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_tokenizer_has_words_for_what_is_said_of_images_and_frames(components: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(components / "llm")
+    assert len(tokenizer.tokenize("Image-1: \nImage-2: \n")) <= 12
+    assert len(tokenizer.tokenize("Frame-1: \nFrame-2: \n")) <= 12
 
 
 def test_equal_components_have_equal_weights(digits: Path, components: Path, tmp_path: Path) -> None:
