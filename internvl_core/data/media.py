@@ -1,156 +1,208 @@
-"""Images: strictly decoded, cut into uint8 tiles, normalised on the device.
+"""Images: strictly decoded to RGB, or refused.
 
-A file either decodes completely or raises `MediaError`; half an image is never trained on.
-Shapes: `K` tiles, `S` side of a tile in px.
+A file either decodes completely or raises `MediaError`; half an image is never trained on, and
+what Pillow only warns about counts as damage. The same limits hold whether an image is decoded or
+only its header is read, so what the index lets in is what the workers can read. Knows no torch.
 """
 
-import hashlib
 import io
-import stat
 import warnings
-from pathlib import Path
+import zlib
+from typing import BinaryIO
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from internvl_core.data.tiling import Tiling
-from internvl_core.errors import ArgumentError, MediaError
+from internvl_core.errors import ArgumentError, InternVLError, MediaError, Reason
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit against decompression bombs: 256 MiB of RGB."""
+MIN_SIDE_PX = 8
+"""Less is a spacer or a tracking pixel: even enlarged it fills no patch (14 px of a 448-px tile) with anything."""
+MAX_ASPECT_RATIO = 200
+"""Longer to shorter side; a line of text in a scroll reaches about 100. Qwen2-VL has the same limit."""
+
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of R, G, B in 0..1, with the digits the released models were trained with
+(those of "clip" differ from OpenAI's in the eighth decimal)."""
 
 # Formats whose decoders are part of Pillow; EPS, PDF and the like would start other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Pillow loads half of its decoders on first use, and `open` with a list of formats does not wait for that.
 Image.init()
 
+# Pillow warns where it fills in what a file does not say. Set once for the process: `catch_warnings`
+# is not for threads, and headers are read in several.
+warnings.filterwarnings("error", module=r"PIL\.")
+# Cameras store a second picture behind the first, and editors drop it: the first one is whole.
+warnings.filterwarnings("ignore", message="Image appears to be a malformed MPO file", module=r"PIL\.")
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK_FRAME_BYTES = 12  # Length, kind and checksum.
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_EIGHT_OF_SIXTEEN_BITS = (np.arange(1 << 16) / 257).round().astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
-
-# Mean and standard deviation of R, G, B in 0..1, with the digits the released models were trained with
-# (those of "clip" differ from OpenAI's in the eighth decimal).
-_NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+_DRAFT_SCALES = (8, 4, 2)
 
 
-def find_image(root: Path, name: str) -> Path:
-    """Find an image below a dataset's root, links followed.
-
-    Raises:
-        MediaError: it does not exist, is no regular file, or a link leads out of the root.
-    """
-    path = root / name
-    try:
-        resolved = path.resolve(strict=True)
-        is_file = stat.S_ISREG(resolved.stat().st_mode)
-    except (OSError, RuntimeError) as error:
-        raise MediaError(f"{path}: no such image: {error}.") from None
-    if not resolved.is_relative_to(root.resolve()):
-        raise MediaError(f"{path}: leads to {resolved}, outside the dataset's root {root}.")
-    if not is_file:
-        raise MediaError(f"{path}: not a regular file.")
-    return resolved
-
-
-def load_image(path: Path) -> Image.Image:
+def load_image(source: BinaryIO | bytes, name: str, *, draft_for: Tiling | None = None) -> Image.Image:
     """Decode an image to RGB: upright by its EXIF, first frame, transparency over white, 16 bits rescaled to 8.
 
+    Args:
+        name: what a message calls the image.
+        draft_for: lets the JPEG decoder shrink by 2, 4 or 8 on the way, as far as the canvas that this tiling
+            makes is still covered and the tiles stay as many. Faster, but not the same pixels. None decodes all.
+
     Raises:
-        MediaError: cannot be decoded to its last byte, larger than Pillow's limit against
-            decompression bombs (about 89 megapixels), or of a format outside the allow-list.
+        MediaError: cannot be decoded to its last byte, is too large, too small, too long, or of a format
+            outside the allow-list.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # A bomb and a damaged header are only warnings to Pillow.
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-        except MediaError as error:
-            raise MediaError(f"{path}: {error}") from None
-        # Decoders report damage by whatever they stumble over; each of these means that the file is bad.
-        except Exception as error:  # noqa: BLE001
-            raise MediaError(f"{path}: cannot be decoded: {type(error).__name__}: {error}") from None
+    try:
+        content = source if isinstance(source, bytes) else source.read()
+        with _open_image(io.BytesIO(content)) as image:
+            if image.format == "PNG":
+                _check_png(content)
+            if draft_for is not None and image.format == "JPEG":
+                _draft(image, draft_for)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            image = _to_rgb(image)
+            # Comments and profiles of the file would be written into every JPEG made of the image.
+            image.info = {}
+            return image
+    except Exception as error:  # noqa: BLE001
+        raise _tell_damage(name, error) from None
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
+def read_image_size(source: BinaryIO | bytes, name: str) -> tuple[int, int]:
     """Read width and height in px, as `load_image` gives them, from the header alone.
 
+    Pillow reads a WEBP whole. A PNG whose orientation is written behind its pixels is taken as it lies;
+    `load_image` turns it.
+
     Raises:
-        MediaError: no header of an allowed format.
+        MediaError: no header of an allowed format, or a size that `load_image` would refuse.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                width, height = image.size
-                is_sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
-        except Exception as error:  # noqa: BLE001 (see load_image)
-            raise MediaError(f"{path}: cannot be decoded: {type(error).__name__}: {error}") from None
-    return (height, width) if is_sideways else (width, height)
+    try:
+        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _find_upright_size(image)
+    except Exception as error:  # noqa: BLE001
+        raise _tell_damage(name, error) from None
 
 
-def cut_tiles(image: Image.Image, tiling: Tiling, *, jpeg_quality: int | None = None) -> Tensor:
-    """Cut an image into square tiles, plus a thumbnail if there is more than one.
-
-    Args:
-        jpeg_quality: degrade by a JPEG round trip at this quality, the same for every tile; None leaves
-            the pixels alone. It comes after the resize: artefacts have the scale the original gives them.
-
-    Returns:
-        Tiles [K, 3, S, S], uint8, row by row, the thumbnail last.
-    """
-    size = tiling.tile_size
-    columns, rows = tiling.choose_grid(*image.size)
-    canvas = _degrade(image.resize((size * columns, size * rows), Image.Resampling.BICUBIC), jpeg_quality)
-    grid = torch.from_numpy(np.array(canvas)).view(rows, size, columns, size, 3)
-    tiles = grid.permute(0, 2, 4, 1, 3).reshape(rows * columns, 3, size, size)
-    if not tiling.has_thumbnail(columns, rows):
-        return tiles
-    thumbnail = _degrade(image.resize((size, size), Image.Resampling.BICUBIC), jpeg_quality)
-    return torch.cat([tiles, torch.from_numpy(np.array(thumbnail)).permute(2, 0, 1)[None]])
-
-
-def draw_jpeg_quality(*, seed: int, epoch: int, sample_id: str, image_index: int) -> int:
-    """Draw the quality, 75 to 100, of one image in one epoch: the same on every rank, worker and resume."""
-    key = f"{seed}/{epoch}/{sample_id}/{image_index}"
-    return 75 + int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 26
-
-
-def normalise(tiles: Tensor, normalize_type: str, dtype: torch.dtype) -> Tensor:
-    """Turn tiles [K, 3, S, S], uint8, into what the vision tower reads, on the device where they are.
+def pad_to_square(image: Image.Image, normalize_type: str) -> Image.Image:
+    """Centre an image on a square of the mean colour, which normalisation turns into zeros.
 
     Raises:
         ArgumentError: `normalize_type` is none of imagenet, clip, siglip.
     """
-    if normalize_type not in _NORMALIZATIONS:
-        raise ArgumentError(f"normalize_type: {normalize_type!r}, must be one of {', '.join(_NORMALIZATIONS)}.")
-    mean, std = (
-        torch.tensor(values, device=tiles.device).view(1, 3, 1, 1) for values in _NORMALIZATIONS[normalize_type]
-    )
-    # In float32, because a bfloat16 quotient has lost the last bits of the pixel before the mean is taken off.
-    return ((tiles.to(torch.float32) / 255 - mean) / std).to(dtype)
+    mean, _ = get_normalization(normalize_type)
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def get_normalization(normalize_type: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of R, G, B in 0..1.
+
+    Raises:
+        ArgumentError: `normalize_type` is none of imagenet, clip, siglip.
+    """
+    if normalize_type not in NORMALIZATIONS:
+        raise ArgumentError(f"normalize_type: {normalize_type!r}, must be one of {', '.join(NORMALIZATIONS)}.")
+    return NORMALIZATIONS[normalize_type]
+
+
+def _open_image(file: BinaryIO) -> Image.Image:
+    image = Image.open(file, formats=_FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _absurd(f"{width} x {height} px are more than {MAX_PIXELS / 1e6:.1f} megapixels.")
+    if min(width, height) < MIN_SIDE_PX:
+        raise _absurd(f"{width} x {height} px; each side must have at least {MIN_SIDE_PX}.")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise _absurd(f"{width} x {height} px; one side may be at most {MAX_ASPECT_RATIO} times the other.")
+    return image
+
+
+def _absurd(message: str) -> MediaError:
+    return MediaError(message, reason=Reason.MEDIA_SIZE)
+
+
+def _tell_damage(name: str, error: Exception) -> InternVLError:
+    if isinstance(error, MediaError):
+        return MediaError(f"{name}: {error}", reason=error.reason)
+    if isinstance(error, InternVLError):  # The store failed, not the image.
+        return error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return MediaError(f"{name}: more than {MAX_PIXELS / 1e6:.1f} megapixels.", reason=Reason.MEDIA_SIZE)
+    if isinstance(error, UnidentifiedImageError):
+        return MediaError(f"{name}: cannot be decoded: begins like none of {', '.join(_FORMATS)}.")
+    # Decoders report damage by whatever they stumble over; each of these means that the file is bad.
+    return MediaError(f"{name}: cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _check_png(content: bytes) -> None:
+    """Compare the checksum of each chunk; Pillow skips those of the pixels and decodes whatever it finds."""
+    view = memoryview(content)
+    position = len(_PNG_SIGNATURE)
+    kind = b""
+    while kind != b"IEND":
+        if position + _PNG_CHUNK_FRAME_BYTES > len(content):
+            raise MediaError("cannot be decoded: the file ends before the image does.")
+        length = int.from_bytes(content[position : position + 4])
+        end = position + 8 + length
+        kind = content[position + 4 : position + 8]
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            raise MediaError(f"cannot be decoded: wrong checksum at byte {end}, of chunk {kind!r}.")
+        position = end + 4
+
+
+def _find_upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    # The method of the base class: PNG's own one decodes the pixels to look behind them.
+    orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+    return (height, width) if orientation in _SIDEWAYS else (width, height)
+
+
+def _draft(image: Image.Image, tiling: Tiling) -> None:
+    size = _find_upright_size(image)
+    columns, rows = tiling.choose_grid(*size)
+    canvas = (columns * tiling.tile_size, rows * tiling.tile_size)
+    for scale in _DRAFT_SCALES:
+        width, height = (-(-side // scale) for side in size)
+        if width >= canvas[0] and height >= canvas[1] and tiling.choose_grid(width, height) == (columns, rows):
+            # Asked for no less than it rounds down to, the decoder takes this scale and rounds up.
+            image.draft("RGB", (image.width // scale, image.height // scale))
+            return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format == "PPM"):
+        return _to_eight_bits(image).convert("RGB")
     if image.mode in ("F", "I"):
         raise MediaError(f"mode {image.mode} has no defined range of brightness. Convert it to 8 or 16 bits.")
-    if image.mode in _SIXTEEN_BIT_MODES:
-        # Pillow would clip at 255, which turns nearly all of a 16-bit image white.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         background.alpha_composite(image)
         image = background
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _degrade(image: Image.Image, jpeg_quality: int | None) -> Image.Image:
-    if jpeg_quality is None:
-        return image
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=jpeg_quality)
-    return Image.open(buffer, formats=("JPEG",))
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    # Pillow would clip at 255, which turns nearly all of a 16-bit image white.
+    values = np.asarray(image)
+    grey = _EIGHT_OF_SIXTEEN_BITS[values]
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)

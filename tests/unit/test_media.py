@@ -1,172 +1,287 @@
 import io
-import os
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from internvl_core.data.media import cut_tiles, draw_jpeg_quality, find_image, load_image, normalise, read_image_size
+from internvl_core.data.media import MAX_PIXELS, load_image, pad_to_square, read_image_size
 from internvl_core.data.tiling import Tiling
-from internvl_core.errors import ArgumentError, MediaError
+from internvl_core.errors import ArgumentError, MediaError, Reason, StoreUnavailable
 
-DYNAMIC = Tiling(16, 1, 6, use_thumbnail=True, is_dynamic=True)
+TILING = Tiling(16, 1, 6, use_thumbnail=True, is_dynamic=True)
 
 
-def noise(width: int, height: int) -> Image.Image:
+def noise(width: int = 64, height: int = 64) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
-def test_tiles_lie_row_by_row_with_the_thumbnail_last() -> None:
-    image = noise(48, 32)
-    tiles = cut_tiles(image, DYNAMIC)
-    assert tiles.shape == (7, 3, 16, 16)
-    assert tiles.dtype == torch.uint8
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    for number in range(6):
-        row, column = divmod(number, 3)
-        crop = pixels[:, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
-        assert torch.equal(tiles[number], crop)
-    thumbnail = torch.from_numpy(np.array(image.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-    assert torch.equal(tiles[6], thumbnail)
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-@pytest.mark.parametrize("size", [(48, 32), (10, 200), (16, 16), (33, 31)])
-def test_as_many_tiles_are_cut_as_the_rule_counts(size: tuple[int, int]) -> None:
-    assert len(cut_tiles(noise(*size), DYNAMIC)) == DYNAMIC.count_tiles(*size)
+def png_of(width: int, height: int, *, bits: int = 8, before_pixels: bytes = b"") -> bytes:
+    """A grey PNG of one colour, small on disk whatever its size."""
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + (width * bits + 7) // 8) if width < 1 << 20 else b""
+    body = b"".join(compressor.compress(row) for _ in range(height if row else 0)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + before_pixels + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def test_a_jpeg_round_trip_changes_pixels_but_not_the_picture() -> None:
-    gradient = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
-    plain, degraded = cut_tiles(gradient, DYNAMIC).float(), cut_tiles(gradient, DYNAMIC, jpeg_quality=75).float()
-    assert not torch.equal(plain, degraded)
-    assert (plain - degraded).abs().mean() < 4
+def with_exif(orientation: int, *, file_format: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(noise(96, 64), file_format, exif=exif)
 
 
-def test_a_quality_is_drawn_per_seed_epoch_sample_and_image() -> None:
-    def draw(**changes: object) -> int:
-        key: dict[str, object] = {"seed": 1, "epoch": 0, "sample_id": "pets:1", "image_index": 0, **changes}
-        return draw_jpeg_quality(**key)  # type: ignore[arg-type]
-
-    assert draw() == draw()
-    drawn = [draw(sample_id=f"pets:{number}") for number in range(2000)]
-    assert set(drawn) == set(range(75, 101))
-    for name in ("seed", "epoch", "image_index"):
-        assert [draw(sample_id=f"pets:{n}", **{name: 7}) for n in range(50)] != drawn[:50]
+def damaged(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
 
 
-def test_an_image_is_turned_upright(tmp_path: Path) -> None:
+def sixteen_bits(*values: int) -> np.ndarray[Any, Any]:
+    return np.array([values] * 8, dtype=np.uint16).repeat(8, axis=1)
+
+
+PNG, JPEG = encode(noise()), encode(noise(), "JPEG")
+SMOOTH_PNG = encode(Image.linear_gradient("L"))
+COLOURS = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+
+REFUSED: dict[str, tuple[Callable[[], bytes], Reason]] = {
+    "zero bytes": (lambda: b"", Reason.MEDIA),
+    "half a JPEG": (lambda: JPEG[: len(JPEG) // 2], Reason.MEDIA),
+    "a JPEG without its last two bytes": (lambda: JPEG[:-2], Reason.MEDIA),
+    "a JPEG header": (lambda: JPEG[:200], Reason.MEDIA),
+    "half a PNG": (lambda: PNG[: len(PNG) // 2], Reason.MEDIA),
+    "a PNG header": (lambda: PNG[:40], Reason.MEDIA),
+    "a wrong checksum of PNG pixels": (lambda: damaged(PNG, PNG.index(b"IEND") - 5), Reason.MEDIA),
+    "a bit flipped in a PNG body": (lambda: damaged(SMOOTH_PNG, SMOOTH_PNG.index(b"IDAT") + 29), Reason.MEDIA),
+    "a PNG without its end": (lambda: PNG[:-12], Reason.MEDIA),
+    "a wrong checksum of a PNG header": (lambda: damaged(PNG, 30), Reason.MEDIA),
+    "an error page": (lambda: b"<html><title>404 Not Found</title></html>", Reason.MEDIA),
+    "text": (lambda: b"a cat on a mat\n" * 9, Reason.MEDIA),
+    "float TIFF": (lambda: encode(Image.new("F", (16, 16), 0.5), "TIFF"), Reason.MEDIA),
+    "NaN TIFF": (lambda: encode(Image.new("F", (16, 16), float("nan")), "TIFF"), Reason.MEDIA),
+    "32-bit TIFF": (lambda: encode(Image.new("I", (16, 16), 70_000), "TIFF"), Reason.MEDIA),
+    "half a TIFF": (lambda: encode(noise(), "TIFF")[:6000], Reason.MEDIA),
+    "half a WEBP": (lambda: encode(noise(), "WEBP")[:600], Reason.MEDIA),
+    "half a GIF": (lambda: encode(noise(), "GIF")[:1000], Reason.MEDIA),
+    "one pixel": (lambda: encode(Image.new("RGB", (1, 1))), Reason.MEDIA_SIZE),
+    "a tracking pixel": (lambda: encode(Image.new("P", (1, 1)), "GIF"), Reason.MEDIA_SIZE),
+    "seven pixels high": (lambda: encode(Image.new("RGB", (100, 7))), Reason.MEDIA_SIZE),
+    "a column": (lambda: encode(Image.new("RGB", (1, 20_000))), Reason.MEDIA_SIZE),
+    "a row": (lambda: encode(Image.new("RGB", (20_000, 1))), Reason.MEDIA_SIZE),
+    "201 times as wide as high": (lambda: encode(Image.new("RGB", (8 * 201, 8))), Reason.MEDIA_SIZE),
+    "144 megapixels": (lambda: png_of(12_000, 12_000, bits=1), Reason.MEDIA_SIZE),
+    "400 megapixels": (lambda: png_of(20_000, 20_000, bits=1), Reason.MEDIA_SIZE),
+    "2^31 - 1 pixels wide": (lambda: png_of((1 << 31) - 1, (1 << 31) - 1), Reason.MEDIA_SIZE),
+    "5 MB of compressed comment": (
+        lambda: png_of(16, 16, before_pixels=png_chunk(b"zTXt", b"c\0\0" + zlib.compress(bytes(5_000_000)))),
+        Reason.MEDIA,
+    ),
+    "EPS": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n", Reason.MEDIA),
+    "PDF": (lambda: encode(noise(), "PDF"), Reason.MEDIA),
+    "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"/>', Reason.MEDIA),
+    "icon": (lambda: encode(noise(), "ICO"), Reason.MEDIA),
+    "damaged EXIF": (
+        lambda: encode(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06"),
+        Reason.MEDIA,
+    ),
+}
+
+# What a file becomes: its size, and the colour in its upper left corner.
+ACCEPTED: dict[str, tuple[Callable[[], bytes], tuple[int, int], tuple[int, int, int] | None]] = {
+    "a PNG by another name": (lambda: PNG, (64, 64), None),
+    "a bit flipped in a JPEG body": (lambda: damaged(JPEG, len(JPEG) - 100), (64, 64), None),
+    "sideways by EXIF": (lambda: with_exif(6), (64, 96), None),
+    "a sideways PNG": (lambda: with_exif(8, file_format="PNG"), (64, 96), None),
+    "a sideways WEBP": (lambda: with_exif(5, file_format="WEBP"), (64, 96), None),
+    "upside down by EXIF": (lambda: with_exif(3), (96, 64), None),
+    "EXIF orientation 99": (lambda: with_exif(99), (96, 64), None),
+    "CMYK": (lambda: encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"), (16, 16), (255, 0, 0)),
+    "CMYK JPEG": (lambda: encode(Image.new("CMYK", (16, 16)), "JPEG"), (16, 16), (255, 255, 255)),
+    "grey": (lambda: encode(Image.new("L", (16, 16), 77)), (16, 16), (77, 77, 77)),
+    "one bit": (lambda: encode(Image.new("1", (16, 16), 1)), (16, 16), (255, 255, 255)),
+    "palette": (lambda: encode(COLOURS[0].convert("P")), (16, 16), (255, 0, 0)),
+    "transparent palette": (lambda: encode(Image.new("P", (16, 16)), transparency=0), (16, 16), (255, 255, 255)),
+    "transparent grey": (lambda: encode(Image.new("LA", (16, 16), (0, 0))), (16, 16), (255, 255, 255)),
+    "transparent over black": (lambda: encode(Image.new("RGBA", (16, 16), (0, 0, 0, 0))), (16, 16), (255, 255, 255)),
+    "half transparent": (lambda: encode(Image.new("RGBA", (16, 16), (255, 0, 0, 128))), (16, 16), (255, 127, 127)),
+    "16 bits": (lambda: encode(Image.fromarray(sixteen_bits(4096, 65535))), (16, 8), (16, 16, 16)),
+    "16 bits in TIFF": (lambda: encode(Image.fromarray(sixteen_bits(4096, 0)), "TIFF"), (16, 8), (16, 16, 16)),
+    "16 bits in PGM": (lambda: b"P5 16 8 65535\n" + sixteen_bits(4096, 0).astype(">u2").tobytes(), (16, 8), (16,) * 3),
+    "16 bits, one grey transparent": (
+        lambda: png_of(16, 16, bits=16, before_pixels=png_chunk(b"tRNS", b"\0\0")),
+        (16, 16),
+        (255, 255, 255),
+    ),
+    "animated GIF": (
+        lambda: encode(COLOURS[0], "GIF", save_all=True, append_images=COLOURS[1:]),
+        (16, 16),
+        (255, 0, 0),
+    ),
+    "animated WEBP": (
+        lambda: encode(COLOURS[0], "WEBP", save_all=True, append_images=COLOURS[1:], lossless=True),
+        (16, 16),
+        (255, 0, 0),
+    ),
+    "TIFF of several pages": (
+        lambda: encode(COLOURS[0], "TIFF", save_all=True, append_images=COLOURS[1:]),
+        (16, 16),
+        (255, 0, 0),
+    ),
+    "8 pixels": (lambda: encode(Image.new("RGB", (8, 8), "red")), (8, 8), (255, 0, 0)),
+    "200 times as wide as high": (lambda: encode(Image.new("RGB", (1600, 8), "red")), (1600, 8), (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_sound_image_is_refused_with_its_name_and_reason(kind: str) -> None:
+    build, reason = REFUSED[kind]
+    with pytest.raises(MediaError, match=r"^pets/a\.jpg: ") as caught:
+        load_image(build(), "pets/a.jpg")
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if REFUSED[kind][1] == Reason.MEDIA_SIZE])
+def test_a_header_alone_shows_an_absurd_size(kind: str) -> None:
+    build, _ = REFUSED[kind]
+    with pytest.raises(MediaError, match=r"^pets/a\.jpg: ") as caught:
+        read_image_size(build()[:500], "pets/a.jpg")
+    assert caught.value.reason == Reason.MEDIA_SIZE
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_every_sound_image_becomes_rgb_of_the_size_its_header_promised(kind: str) -> None:
+    build, size, corner = ACCEPTED[kind]
+    image = load_image(build(), "a.jpg")
+    assert (image.mode, image.size) == ("RGB", size)
+    if corner is not None:
+        assert image.getpixel((0, 0)) == corner
+    assert read_image_size(build(), "a.jpg") == size
+
+
+def test_eight_orientations_show_the_same_picture() -> None:
+    upright = np.array(noise(40, 24))
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
+    stored |= {5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2)}
+    stored |= {8: np.rot90(upright, -1)}
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encode(Image.fromarray(np.ascontiguousarray(pixels)), exif=exif)
+        assert np.array_equal(np.array(load_image(content, "a.png")), upright), orientation
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_honoured() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = tmp_path / "a.jpg"
-    noise(96, 64).save(path, exif=exif)
-    assert load_image(path).size == (64, 96)
-    assert read_image_size(path) == (64, 96)
+    content = encode(noise(96, 64))
+    late = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    end = content.index(b"IEND") - 4
+    assert load_image(content[:end] + late + content[end:], "a.png").size == (64, 96)
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
-    for mode, hidden in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
-        path = tmp_path / f"{mode}.png"
-        Image.new(mode, (4, 4), hidden).save(path)
-        assert load_image(path).getpixel((0, 0)) == (255, 255, 255)
+def test_a_header_is_read_without_the_pixels() -> None:
+    for content in (JPEG[:700], PNG[:60], encode(noise(), "GIF")[:800]):
+        assert read_image_size(content, "a") == (64, 64)
 
 
-def test_sixteen_bits_are_rescaled_and_not_clipped(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.fromarray(np.array([[0, 4096, 65535]], dtype=np.uint16)).save(path)
-    image = load_image(path)
-    assert [image.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (16,) * 3, (255,) * 3]
+def test_the_largest_image_allowed_is_read_and_one_row_more_is_not() -> None:
+    width = 9000
+    height = MAX_PIXELS // width
+    assert read_image_size(png_of(width, height, bits=1), "a.png") == (width, height)
+    with pytest.raises(MediaError, match="megapixels"):
+        read_image_size(png_of(width, height + 1, bits=1), "a.png")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])
-def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "a.tiff"
-    Image.new("RGB", (4, 4), "white").convert(mode).save(path)
-    assert load_image(path).mode == "RGB"
-    assert load_image(path).getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
+def test_a_camera_file_that_lost_its_second_picture_is_read() -> None:
+    content = encode(noise(), "MPO", save_all=True, append_images=[noise()])
+    first = content[: content.index(b"\xff\xd9") + 2]
+    assert load_image(first, "a.jpg").size == (64, 64)
 
 
-def test_the_first_frame_stands_for_an_animation(tmp_path: Path) -> None:
-    path = tmp_path / "a.gif"
-    Image.new("RGB", (4, 4), "red").save(path, save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
-    assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
+def test_an_image_is_read_from_an_open_file_too(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    with (tmp_path / "a.png").open("rb") as file:
+        assert read_image_size(file, "a.png") == (64, 64)
+        file.seek(0)
+        assert np.array_equal(np.array(load_image(file, "a.png")), np.array(noise()))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"<html>404</html>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
-        png_bytes(noise(64, 64))[:5000],
-        png_bytes(noise(64, 64))[:40],
-        png_bytes(noise(64, 64)).replace(b"IDAT", b"IDAT\xff", 1),
-    ],
-    ids=["empty", "html", "eps", "half", "header", "damaged"],
-)
-def test_a_file_that_does_not_decode_completely_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(content)
-    with pytest.raises(MediaError, match=r"a\.png: cannot be decoded"):
-        load_image(path)
+def test_an_outage_while_reading_is_not_taken_for_a_broken_image() -> None:
+    class Outage(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise StoreUnavailable("s3://bucket/a.jpg does not answer.")
+
+    for read in (load_image, read_image_size):
+        with pytest.raises(StoreUnavailable):
+            read(Outage(JPEG), "a.jpg")
 
 
-def test_a_decompression_bomb_is_refused_before_it_unfolds(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.png"
-    Image.new("1", (12_000, 12_000)).save(path)
-    with pytest.raises(MediaError, match=r"bomb\.png: .*Decompression"):
-        load_image(path)
-    with pytest.raises(MediaError, match=r"bomb\.png: .*Decompression"):
-        read_image_size(path)
+def test_comments_of_a_file_do_not_travel_with_its_pixels() -> None:
+    assert load_image(encode(noise(), "JPEG", comment=b"c" * 1000), "a.jpg").info == {}
 
 
-def test_an_image_without_a_range_of_brightness_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.tiff"
-    Image.new("F", (4, 4), 0.5).save(path)
-    with pytest.raises(MediaError, match=r"a\.tiff: mode F"):
-        load_image(path)
-
-
-def test_nothing_outside_the_root_is_opened(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    noise(4, 4).save(tmp_path / "outside.png")
-    (root / "link.png").symlink_to(tmp_path / "outside.png")
-    with pytest.raises(MediaError, match="outside the dataset's root"):
-        find_image(root, "link.png")
-    os.mkfifo(root / "fifo.png")
-    with pytest.raises(MediaError, match="not a regular file"):
-        find_image(root, "fifo.png")
-    with pytest.raises(MediaError, match="no such image"):
-        find_image(root, "missing.png")
-
-
-@pytest.mark.parametrize(
-    ("normalize_type", "black", "white"),
-    [
-        ("imagenet", [-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]),
-        ("clip", [-1.7923, -1.7521, -1.4802], [1.9303, 2.0749, 2.1459]),
-        ("siglip", [-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]),
-    ],
-)
-def test_normalised_pixels_have_the_published_range(
-    normalize_type: str, black: list[float], white: list[float]
+@pytest.mark.parametrize("size", [(200, 130), (133, 257), (1001, 333)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_smaller_but_covers_the_canvas_and_has_as_many_tiles(
+    size: tuple[int, int], orientation: int
 ) -> None:
-    tiles = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    low, high = normalise(tiles, normalize_type, torch.float32)[:, :, 0, 0]
-    assert torch.allclose(low, torch.tensor(black), atol=1e-4)
-    assert torch.allclose(high, torch.tensor(white), atol=1e-4)
-    assert normalise(tiles, normalize_type, torch.bfloat16).dtype == torch.bfloat16
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(noise(*size), "JPEG", exif=exif)
+    full = load_image(content, "a.jpg")
+    draft = load_image(content, "a.jpg", draft_for=TILING)
+    grid = TILING.choose_grid(*full.size)
+    assert full.size == (size if orientation == 1 else size[::-1])
+    assert draft.width < full.width
+    assert TILING.choose_grid(*draft.size) == grid
+    assert draft.width >= 16 * grid[0]
+    assert draft.height >= 16 * grid[1]
 
 
-def test_an_unknown_normalisation_is_refused() -> None:
+def test_a_draft_that_would_not_cover_the_canvas_is_not_taken() -> None:
+    content = encode(noise(48, 32), "JPEG")
+    draft = load_image(content, "a.jpg", draft_for=TILING)
+    assert np.array_equal(np.array(draft), np.array(load_image(content, "a.jpg")))
+
+
+@pytest.mark.parametrize(
+    ("normalize_type", "background"),
+    [("imagenet", (123, 116, 103)), ("clip", (122, 116, 104)), ("siglip", (127, 127, 127))],
+)
+def test_an_image_is_centred_on_a_square_of_the_mean_colour(
+    normalize_type: str, background: tuple[int, int, int]
+) -> None:
+    image = noise(9, 4)
+    square = np.array(pad_to_square(image, normalize_type))
+    assert square.shape == (9, 9, 3)
+    assert np.array_equal(square[2:6], np.array(image))
+    assert {tuple(pixel) for pixel in np.concatenate([square[:2], square[6:]]).reshape(-1, 3).tolist()} == {background}
+    upright = np.array(pad_to_square(image.transpose(Image.Transpose.TRANSPOSE), normalize_type))
+    assert np.array_equal(upright, square.transpose(1, 0, 2))
+
+
+def test_a_square_is_not_padded() -> None:
+    image = noise(9, 9)
+    assert pad_to_square(image, "siglip") is image
+
+
+def test_an_unknown_mean_is_refused() -> None:
     with pytest.raises(ArgumentError, match="normalize_type: 'mean'"):
-        normalise(torch.zeros((1, 3, 2, 2), dtype=torch.uint8), "mean", torch.float32)
+        pad_to_square(noise(9, 4), "mean")
