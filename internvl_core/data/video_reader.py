@@ -12,12 +12,9 @@ from PIL import Image
 
 from internvl_core.data.video_source import VideoSource
 from internvl_core.data.video_timeline import KEYFRAME_INTERVAL_S
-from internvl_core.errors import MediaError
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from av.packet import Packet
-    from av.video.stream import VideoStream
 
 _FIRST_JUMP_S = 1.0
 
@@ -35,7 +32,8 @@ class VideoReader:
         """Latest picture at or before the time that was asked for."""
         self._ahead: VideoFrame | None = None
         """The picture after it, if there is one."""
-        self._can_seek, self._has_jumped = True, False
+        self._can_seek = source.has_exact_seek
+        self._has_jumped = False
         self._size: tuple[int, int] | None = None
 
     def iter_all(self) -> Iterator[Image.Image]:
@@ -57,18 +55,9 @@ class VideoReader:
         Raises:
             MediaError: damaged on the way, or at its end before a time.
         """
-        import av
-
         for time_s in times_s:
             due = start_s + time_s
-            try:
-                self._reach(due, start_s)
-            except (av.FFmpegError, MediaError):
-                if not self._has_jumped:
-                    raise
-                # Where a keyframe does not end all references to what is before it, a jump to it looks like damage.
-                self._rewind()
-                self._advance(due)
+            self._reach(due, start_s)
             picture = self._shown or self._ahead
             if picture is None:
                 self._source.refuse("holds no picture that can be decoded")
@@ -114,10 +103,7 @@ class VideoReader:
                 # Some containers always go back to their beginning; once is enough.
                 self._can_seek = self._position > position or due - position <= KEYFRAME_INTERVAL_S
                 return
-        self._rewind()
-
-    def _rewind(self) -> None:
-        self._can_seek = self._has_jumped = False
+        self._can_seek = False
         self._source.reopen()
         self._start()
 
@@ -131,36 +117,21 @@ class VideoReader:
             self._shown, self._ahead = self._ahead, next(self._frames, None)
 
     def _decode(self) -> "Iterator[VideoFrame]":
-        entry: int | None = None
+        is_entered = False
         for packet in self._source.container.demux(self._source.stream):
-            if entry is None and packet.is_keyframe and packet.size:
-                entry = packet.pts
-            if entry is not None:
-                yield from self._decode_packet(packet, entry)
-
-    def _decode_packet(self, packet: "Packet[VideoStream]", entry: int) -> "list[VideoFrame]":
-        """Decode one packet; frames shown before the keyframe where decoding began are left out."""
-        import av
-
-        if packet.is_corrupt:
-            self._source.refuse("is damaged")
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            # Pictures before the keyframe lean on others that were not read.
-            if packet.pts is not None and packet.pts < entry:
-                return []
-            raise
-        self._source.check_time()
-        shown = []
-        for frame in frames:
-            if frame.pts is None:
-                self._source.refuse("its pictures have no time stamps")
-            if frame.pts >= entry:
+            # Some containers jump to any packet; what is before a keyframe leans on pictures that were not read.
+            is_entered = is_entered or packet.is_keyframe
+            if not is_entered:
+                continue
+            if packet.is_corrupt:
+                self._source.refuse("is damaged")
+            for frame in packet.decode():
+                self._source.check_time()
                 if frame.is_corrupt:
                     self._source.refuse("is damaged")
-                shown.append(frame)
-        return shown
+                if frame.pts is None:
+                    self._source.refuse("its pictures have no time stamps")
+                yield frame
 
     def _time_of(self, frame: "VideoFrame") -> float:
         assert frame.pts is not None

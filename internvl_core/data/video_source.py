@@ -1,8 +1,8 @@
 """An open video file: found to be one, within limits, and read under a deadline.
 
 libav is made to believe as little as can be: only the usual containers, none that opens other
-files, and a decoder that reports damage instead of painting over it. PyAV is imported when a
-file is opened; it keeps libav's log off.
+files, and no picture that a decoder had to mend. PyAV is imported when a file is opened; it
+keeps libav's log off.
 """
 
 import errno
@@ -38,7 +38,11 @@ _OPTIONS = {
     "protocol_whitelist": "none",
     "max_pixels": str(MAX_FRAME_PIXELS),
 }
-_DECODER_OPTIONS = {"err_detect": "explode", "max_pixels": str(MAX_FRAME_PIXELS)}
+_DECODER_OPTIONS = {"max_pixels": str(MAX_FRAME_PIXELS)}
+# Most decoders mark a picture that they mended; this one has to be told to refuse it.
+_STRICT_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
+# Several pictures share a time stamp there, and libav guesses them anew from where it is.
+_INEXACT_SEEK = ("mpeg",)
 
 
 @contextmanager
@@ -91,6 +95,11 @@ class VideoSource:
     @property
     def size_bytes(self) -> int:
         return self._file.size_bytes
+
+    @property
+    def has_exact_seek(self) -> bool:
+        """Whether time stamps stay the same after a jump."""
+        return self.container.format.name not in _INEXACT_SEEK
 
     @property
     def stated_duration_s(self) -> float:
@@ -146,7 +155,7 @@ class VideoSource:
             self.refuse(f"lasts {self.stated_duration_s:g} s; at most {MAX_DURATION_S} s are read", Reason.MEDIA_SIZE)
         # Loader workers are processes already: threads of theirs would fight over the same cores.
         context.thread_count = 1
-        context.options = _DECODER_OPTIONS
+        context.options = {**_DECODER_OPTIONS, **_STRICT_OPTIONS.get(context.name, {})}
 
 
 class _GuardedFile:

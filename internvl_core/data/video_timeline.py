@@ -39,17 +39,18 @@ def measure_timeline(source: VideoSource) -> Timeline:
     Raises:
         MediaError: it has no pictures, was cut short, or its rate cannot be.
     """
-    stream, index = source.stream, source.stream.index_entries
+    # Taken down now: the tail may need the file opened anew, and a stream does not outlive its container.
+    stated_frames, stated = source.stream.frames, source.stated_duration_s
+    rate = float(source.stream.average_rate or 0)
+    index = source.stream.index_entries
     if len(index) and index[-1].pos + index[-1].size > source.size_bytes:
         source.refuse(f"has {source.size_bytes} bytes, but its index points beyond. It was cut short")
     start = _find_start(source)
-    rate = float(stream.average_rate or 0)
     tail = _read_tail(source, frame_s=1 / rate if rate else 0.0)
-    stated = source.stated_duration_s
     if tail.latest_s - start < min(stated * (1 - _MISSING_SHARE), stated - _MISSING_S):
         source.refuse(f"ends after {tail.latest_s - start:.2f} s, but should last {stated:.2f} s. It was cut short")
     duration = tail.end_s - start
-    num_frames = stream.frames or _estimate_frames(tail, start, rate)
+    num_frames = stated_frames or _estimate_frames(tail, start, rate)
     if num_frames == 1:
         return Timeline(1, start, duration if duration > 0 else 1.0)
     if num_frames > duration * MAX_FPS:
@@ -99,7 +100,7 @@ def _read_tail(source: VideoSource, *, frame_s: float) -> _Tail:
     last += source.to_seconds(stream.duration or 0) or source.stated_duration_s
     if len(stream.index_entries):
         last = max(last, source.to_seconds(stream.index_entries[-1].timestamp))
-    for back_s in (0.0, KEYFRAME_INTERVAL_S):
+    for back_s in (0.0, KEYFRAME_INTERVAL_S) if source.has_exact_seek else ():
         try:
             source.container.seek(source.to_stamp(last - back_s), stream=stream)
         except av.FFmpegError:

@@ -28,6 +28,7 @@ CONTAINERS: list[tuple[str, str, dict[str, str]]] = [
     ("avi", "mpeg4", {"bf": "2"}),
     ("avi", "mjpeg", {}),
     ("mpegts", "libx264", {}),
+    ("mpeg", "mpeg2video", {"bf": "2"}),
     ("flv", "flv", {}),
     ("asf", "wmv2", {}),
     ("apng", "apng", {}),
@@ -141,11 +142,31 @@ def test_a_frame_that_is_jumped_to_is_the_one_of_a_full_decode(
     frames = load_frames(root, "v", info, every(40), count=40, key="")
     assert [read_number(frame) for frame in frames] == list(range(40))
     with (tmp_path / "v").open("rb") as file:
-        for wanted in ([39], [20, 21, 33], [0, 8, 17], [7, 39], list(range(40))):
+        for wanted in (*([number] for number in range(40)), [20, 21, 33], [0, 8, 17], [7, 39], list(range(40))):
             with open_video(file, "v") as source:
                 times = [(number + 0.5) / 10 for number in wanted]
                 shown = list(VideoReader(source).iter_shown(times, start_s=info.start_s, frame_s=0.1))
             assert [image.tobytes() for image in shown] == [frames[number].tobytes() for number in wanted]
+
+
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=5:keyint=12:min-keyint=12:b-pyramid=strict"}
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "options"),
+    [("mp4", "libx264", OPEN_GROUPS), ("matroska", "libx264", OPEN_GROUPS), ("mpegts", "mpeg4", {})],
+)
+def test_a_jump_lands_where_decoding_can_begin(container: str, codec: str, options: dict[str, str]) -> None:
+    body = make_noise(container, codec, num_frames=60, options=options)
+    with open_video(io.BytesIO(body), "v") as source:
+        start_s = measure_timeline(source).start_s
+    with open_video(io.BytesIO(body), "v") as source:
+        frames = [frame.tobytes() for frame in VideoReader(source).iter_all()]
+    assert len(frames) == 60
+    for number, frame in enumerate(frames):
+        with open_video(io.BytesIO(body), "v") as source:
+            (shown,) = VideoReader(source).iter_shown([(number + 0.5) / 10], start_s=start_s, frame_s=0.1)
+        assert shown.tobytes() == frame
 
 
 class CountingFile(io.BytesIO):

@@ -58,15 +58,16 @@ def make_gif(path: Path, durations_ms: Sequence[int]) -> None:
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=list(durations_ms))
 
 
-def make_noise(container: str, codec: str, *, num_frames: int) -> bytes:
-    """Encode a video whose bytes are all picture."""
+def make_noise(container: str, codec: str, *, num_frames: int, options: dict[str, str] | None = None) -> bytes:
+    """Encode a video with much in its pictures, each of which leans on the one before."""
     noise, buffer = random.Random(0), io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
-        stream: Any = output.add_stream(codec, rate=10, options={"qp": "10"} if codec == "libx264" else {})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream: Any = output.add_stream(codec, rate=10, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = 20
-        for _ in range(num_frames):
-            picture = Image.frombytes("RGB", (64, 64), noise.randbytes(64 * 64 * 3))
+        for number in range(num_frames):
+            # Stripes, turned: noise through and through would make every frame a keyframe in all but name.
+            picture = Image.frombytes("RGB", (64, 64), noise.randbytes(64 * 3) * 64).rotate(7 * number)
             output.mux(stream.encode(to_frame(picture)))
         output.mux(stream.encode())
     return buffer.getvalue()
