@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.data_commands import data_app
 from internvl_core.errors import ArgumentError, InternVLError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from flows.stages import RecipeResult
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
 

@@ -18,6 +18,7 @@ from internvl_core.errors import ArgumentError
 from tasks.build_smoke_inputs import build_smoke_inputs
 from tasks.check_gate import check_gate
 from tasks.check_inputs import check_inputs
+from tasks.index_data import index_data
 from tasks.show_stages import show_stages
 from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import check_stage_arguments
@@ -52,6 +53,7 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
     if recipe.smoke_inputs:
         build_smoke_inputs(recipe.directory)
     check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
+    index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
     train = train_stage.with_options(retries=len(recipe.retry_delays_s), retry_delay_seconds=recipe.retry_delays_s or 0)
     result = RecipeResult(recipe)
     checkpoint = resolve_checkpoint(recipe.start_from) if recipe.start_from else None

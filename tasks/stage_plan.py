@@ -70,14 +70,19 @@ def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
     return values
 
 
-def plan_stage(stage: Stage, start_from: CheckpointRef | None) -> StagePlan:
+def get_cache_dir(workspace: Path) -> Path:
+    """Name the folder that all stages of a workspace share: indexes, fetched checkpoints and annotations."""
+    return workspace / "cache"
+
+
+def plan_stage(stage: Stage, start_from: CheckpointRef | None, *, cache_dir: Path) -> StagePlan:
     """Resolve a stage's arguments and fingerprint everything that its result depends on."""
     values = resolve_stage(stage, has_parent=start_from is not None)
     content = {
         "entry": stage.entry,
         "trainer": __version__.split(".")[0],
         "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
-        "data": {name: digest_meta(Path(values[name])) for name in METAS if values[name]},
+        "data": {name: digest_meta(values[name], cache_dir) for name in METAS if values[name]},
         "components": {name: _digest_component(values[name]) for name in COMPONENTS if values[name]},
         "start_from": start_from.digest if start_from else None,
     }

@@ -21,7 +21,7 @@ from tasks.hold_stage import hold_stage
 from tasks.launch import launch_stage
 from tasks.show_progress import StageProgress
 from tasks.stage import Stage
-from tasks.stage_plan import StagePlan, plan_stage
+from tasks.stage_plan import StagePlan, get_cache_dir, plan_stage
 from tasks.track_run import RunStatus, RunTracker
 from tasks.trained_stage import TrainedStage
 
@@ -63,7 +63,7 @@ def train_stage(
         tracker: told about arguments, metrics and the outcome; can neither fail nor delay.
         is_fresh: train from the start even if the store has a result or a checkpoint of this stage.
     """
-    plan = plan_stage(stage, start_from)
+    plan = plan_stage(stage, start_from, cache_dir=get_cache_dir(workspace))
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
     run_id = flow_run.id or uuid.uuid4().hex
@@ -144,7 +144,7 @@ def _describe(
         arguments={
             **{name: value for name, value in plan.values.items() if value is not None},
             "output_dir": str(attempt_dir / "output"),
-            "cache_dir": str(workspace / "cache"),
+            "cache_dir": str(get_cache_dir(workspace)),
         },
         launcher=plan.stage.launcher.model_dump(),
         store_uri=store_uri,

@@ -21,10 +21,10 @@ def check(tmp_path: Path, *stages: Stage, store_uri: str | None = None, start_fr
     check_inputs.fn(list(stages), store_uri=store_uri or f"file://{tmp_path}/store", start_from=start_from)
 
 
-def write_meta(directory: Path, *, length: int) -> Path:
+def write_meta(directory: Path, **entry: Any) -> Path:
     (directory / "a.jsonl").write_text('{"conversations": []}\n')
     path = directory / "meta.json"
-    path.write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", "length": length}}))
+    path.write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", **entry}}))
     return path
 
 
@@ -38,14 +38,14 @@ def commit(directory: Path) -> StageStore:
 
 def test_right_inputs_pass_and_the_store_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "vision").mkdir()
-    meta = str(write_meta(tmp_path, length=1))
+    meta = str(write_meta(tmp_path))
     check(tmp_path, build_stage(meta_path=meta, vision_path=str(tmp_path / "vision"), llm_path="Qwen/Qwen2.5-0.5B"))
     assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_meta_file_is_read_as_a_whole(tmp_path: Path) -> None:
-    meta = write_meta(tmp_path, length=2)
-    with pytest.raises(DataError, match=r"^stage1: meta_path: .*meta\.json.*length is 2, but .* has 1 records"):
+    meta = write_meta(tmp_path, repat_time=2)
+    with pytest.raises(DataError, match=r"^stage1: meta_path: .*meta\.json: dataset 'a': unknown key 'repat_time'"):
         check(tmp_path, build_stage(meta_path=str(meta)))
 
 
@@ -85,7 +85,7 @@ def test_a_start_from_the_stage_before_has_nothing_to_be_looked_at(tmp_path: Pat
     [("accuracy", None), ("accuracy/a", None), ("accuracy/b", r"held-out sets give only accuracy, accuracy/a\.")],
 )
 def test_a_gate_on_what_is_not_scored_is_refused(tmp_path: Path, metric: str, problem: str | None) -> None:
-    stage = build_stage(eval_meta_path=str(write_meta(tmp_path, length=1)))
+    stage = build_stage(eval_meta_path=str(write_meta(tmp_path)))
     gated = stage.model_copy(update={"gate": Gate(metric=metric, at_least=0.9)})
     if problem is None:
         check(tmp_path, gated)

@@ -52,6 +52,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("run smoke --quickly", "internvl: No such option: --quickly. See internvl --help."),
         ("run smoke stage2", "internvl: Got unexpected extra argument"),
         ("run smoke --set", "internvl: Option '--set' requires an argument. See internvl --help."),
+        ("data", "internvl: Missing command. See internvl --help."),
+        ("data check", "ArgumentError: Give either META, the path of a meta file, or --recipe."),
+        ("data check m.json --recipe smoke", "ArgumentError: Give either META, the path of a meta file, or --recipe."),
+        ("data check m.json --stage stage2", "ArgumentError: --stage: goes with --recipe. Leave it out."),
+        ("data check --recipe nope", "ArgumentError: recipe nope: neither a file nor a shipped recipe. Shipped: "),
+        (
+            "data check --recipe smoke --tokenizer t",
+            "ArgumentError: --tokenizer: with --recipe it is the",
+        ),
+        ("data check --recipe smoke --stage stag2", "ArgumentError: --stage: no stage stag2 (did you mean stage2?)."),
+        ("data check m.json --set max_seq_lengt=1", "ArgumentError: max_seq_lengt: no such argument. Nearest: max_seq"),
+        ("data check m.json --set max_seq_length=x", "ArgumentError: max_seq_length: 'x' should be a whole number."),
+        ("data check m.json --samples -1", "ArgumentError: --samples: -1 must be at least 0."),
+        ("data show m.json --line 0", "ArgumentError: --line: 0 must be at least 1."),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_64(run: Run, arguments: str, message: str) -> None:
@@ -59,6 +73,36 @@ def test_what_is_wrong_is_one_line_and_exit_code_64(run: Run, arguments: str, me
     assert (code, output) == (64, "")
     (line,) = errors.splitlines()
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "code", "message"),
+    [
+        ("check", None, 65, "DataError: META: no such meta file."),
+        ("show", "[]", 65, "DataError: META: must be an object with one key per data set"),
+        ("index", "{", 65, "DataError: META:1:2: not JSON: "),
+        ("index", '{"a": {"root": ".", "annotation": "a.jsonl"}}', 64, "ArgumentError: --tokenizer: missing. An index"),
+    ],
+)
+def test_a_meta_file_that_is_none_is_refused_before_anything_is_started(
+    run: Run, tmp_path: Path, command: str, content: str | None, code: int, message: str
+) -> None:
+    path = tmp_path / "meta.json"
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    if content is not None:
+        path.write_text(content)
+    found, output, errors = run("data", command, str(path))
+    (line,) = errors.splitlines()
+    assert (found, output) == (code, "")
+    assert line.startswith(message.replace("META", str(path)))
+
+
+def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_started(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "meta.json").write_text('{"a": {"root": ".", "annotation": "a.jsonl"}}')
+    code, _, errors = run("data", "check", str(tmp_path / "meta.json"), "--tokenizer", "no/such/folder")
+    assert code == 64
+    assert errors.startswith("ArgumentError: --tokenizer: no/such/folder is no folder, nor the id of a model")
 
 
 def test_all_wrong_arguments_of_all_stages_are_told_at_once(run: Run) -> None:
@@ -112,7 +156,9 @@ def test_recipes_are_listed_with_what_they_are_for(run: Run) -> None:
     assert f"smoke                    {load_recipe('smoke').description}" in output.splitlines()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["check", "smoke"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["recipes"], ["check", "smoke"], ["data", "show", "--help"]]
+)
 def test_what_starts_nothing_imports_no_torch(arguments: list[str]) -> None:
     program = (
         "import json, sys\n"

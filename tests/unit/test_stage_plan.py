@@ -13,7 +13,7 @@ from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError, CheckpointNotFound, DataError
 from tasks.stage import Launcher, Stage
-from tasks.stage_plan import check_stage_arguments, plan_stage, resolve_stage
+from tasks.stage_plan import StagePlan, check_stage_arguments, plan_stage, resolve_stage
 
 PARENT = CheckpointRef("file:///store/stage1-0/data/4", "0" * 64)
 
@@ -52,8 +52,12 @@ def build_stage(
     return Stage(name="stage1", entry=entry, arguments={**arguments, **given}, launcher=launcher)
 
 
+def plan(inputs: Path, stage: Stage, start_from: CheckpointRef | None = None) -> StagePlan:
+    return plan_stage(stage, start_from, cache_dir=inputs / "cache")
+
+
 def fingerprint(inputs: Path, **changes: Any) -> str:
-    return plan_stage(build_stage(inputs, **changes), None).fingerprint
+    return plan(inputs, build_stage(inputs, **changes)).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_the_parent_counts_by_its_digest_and_not_by_its_address(inputs: Path) ->
     stage = build_stage(inputs, start="parent")
     moved = CheckpointRef("s3://bucket/elsewhere", PARENT.digest)
     other = CheckpointRef(PARENT.uri, "1" * 64)
-    plans = [plan_stage(stage, start) for start in (PARENT, moved, other)]
+    plans = [plan(inputs, stage, start) for start in (PARENT, moved, other)]
     assert plans[0].fingerprint == plans[1].fingerprint != plans[2].fingerprint
     assert plans[0].values["model_name_or_path"] is None
 
@@ -176,7 +180,7 @@ def test_data_that_is_missing_is_refused_with_its_path(inputs: Path) -> None:
 
 
 def test_every_argument_is_resolved_its_default_included(inputs: Path) -> None:
-    values = plan_stage(build_stage(inputs), None).values
+    values = plan(inputs, build_stage(inputs)).values
     assert (values["max_steps"], values["weight_decay"], values["down_sample_ratio"]) == (4, 0.0, 0.5)
 
 
