@@ -12,7 +12,7 @@ from internvl_core.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
-    from internvl_core.data.lint_report import DatasetReport, LintReport, MetaJob
+    from internvl_core.inspection.lint_report import DatasetReport, LintReport, MetaJob
 
 data_app = typer.Typer(help="Index, check and show the data of a meta file or of a recipe.", no_args_is_help=False)
 
@@ -68,7 +68,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Lint every record and decode some media; exit code 65 if something is wrong."""
-    from internvl_core.data.lint_report import ALL_MEDIA
+    from internvl_core.inspection.lint_report import ALL_MEDIA
 
     if samples < 0:
         raise ArgumentError(f"--samples: {samples} must be at least 0.")
@@ -97,7 +97,7 @@ def show(
     cache_dir: CacheDir = None,
 ) -> None:
     """Write a page with one sample: its pictures and tiles, its tokens, and which of them are learnt."""
-    from internvl_core.data.show_job import ShowJob
+    from internvl_core.inspection.show_job import ShowJob
     from tasks.data_tool import run_data_tool
 
     if line < 1:
@@ -144,8 +144,8 @@ def _read_request(
 
 def _read_meta(meta: Path, tokenizer: str | None, overrides: dict[str, Any], cache_dir: Path | None) -> _Request:
     from internvl_core.argument_rules import resolve_arguments
-    from internvl_core.data.lint_report import MetaJob, TokenizerSource
     from internvl_core.data.meta import load_meta
+    from internvl_core.inspection.lint_report import MetaJob, TokenizerSource
 
     values = resolve_arguments({**overrides, "meta_path": str(meta)})
     # Refuse what is no meta file before a process is started for it.
@@ -191,7 +191,7 @@ def _build_inputs(recipe: "Recipe") -> None:
 
 
 def _lint(request: _Request, *, num_media: int, counts_ids: bool = False) -> "LintReport":
-    from internvl_core.data.lint_report import LintJob, LintReport
+    from internvl_core.inspection.lint_report import LintJob, LintReport
     from tasks.data_tool import run_data_tool
 
     job = LintJob(request.cache_dir, request.jobs, num_media, counts_ids)

@@ -224,8 +224,8 @@ class ExtensionArguments:
     max_bad_fraction: float = field(
         default=0.01,
         metadata=_help(
-            "Stop when more than this share of a data set's samples (of at least 1,000) cannot be read; 0 stops at "
-            "the first."
+            "Share of a data set's records that may be bad: of all, looked at before training, and of those drawn "
+            "(at least 1,000) that fail while it runs. 0 stops at the first."
         ),
     )
     eval_max_new_tokens: int = field(default=32, metadata=_help("Longest answer to a held-out question, in tokens."))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from internvl_core.data.lint_report import MetaJob, TokenizerSource
+from internvl_core.inspection.lint_report import MetaJob, TokenizerSource
 from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import resolve_stage
 

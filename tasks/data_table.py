@@ -7,7 +7,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from internvl_core.data.lint_report import DatasetReport, Finding, LintReport, MetaReport
+from internvl_core.inspection.lint_report import DatasetReport, Finding, LintReport, MetaReport
 from tasks.stage_table import MISSING, format_count
 
 _KINDS = {"text": "text", "image": "image", "multi_image": "images", "video": "video"}

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from internvl_core.contract import StageFailure, write_json_atomically
-from internvl_core.data.job import JOB_FILE, REPORT_FILE
 from internvl_core.errors import InternVLError
+from internvl_core.inspection.job import JOB_FILE, REPORT_FILE
 
 Tool = Literal["lint", "show"]
 
-_MODULE = "internvl_core.data"
+_MODULE = "internvl_core.inspection"
 _ERRORS_FILE = "errors.log"
 
 

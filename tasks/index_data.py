@@ -10,8 +10,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from internvl_core.data.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaReport
 from internvl_core.errors import DataError
+from internvl_core.inspection.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaReport
 from tasks.data_jobs import list_meta_jobs
 from tasks.data_table import iter_problem_lines, list_distinct, write_data_markdown
 from tasks.data_tool import run_data_tool

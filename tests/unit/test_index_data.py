@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from internvl_core.data.lint_report import DatasetReport, Finding, LintReport, MediaReport, MetaReport, TokenizerSource
+from internvl_core.inspection.lint_report import (
+    DatasetReport,
+    Finding,
+    LintReport,
+    MediaReport,
+    MetaReport,
+    TokenizerSource,
+)
 from tasks.data_jobs import list_meta_jobs
 from tasks.data_table import iter_problem_lines, list_distinct, render_data_table, write_data_markdown
 from tasks.index_data import iter_refusals

@@ -15,11 +15,11 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import open_index
-from internvl_core.data.lint import count_repeated_ids, lint
-from internvl_core.data.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaJob, TokenizerSource
 from internvl_core.data.meta import load_meta
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, DataError
+from internvl_core.inspection.lint import count_repeated_ids, lint
+from internvl_core.inspection.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaJob, TokenizerSource
 from internvl_core.model.load import LoadedModel, build_model
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits

@@ -12,15 +12,15 @@ from data_sets import build_encoding, record, write_meta
 from internvl_core.argument_rules import resolve_arguments
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import open_index
-from internvl_core.data.lint_report import MetaJob, TokenizerSource
 from internvl_core.data.meta import load_meta
 from internvl_core.data.pixels import PixelRules
-from internvl_core.data.sample_view import SampleView, view_sample
-from internvl_core.data.show import find_dataset, read_line, show
-from internvl_core.data.show_job import ShowJob
-from internvl_core.data.show_page import PLAIN_WORDS, write_page
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, Reason
+from internvl_core.inspection.lint_report import MetaJob, TokenizerSource
+from internvl_core.inspection.sample_view import SampleView, view_sample
+from internvl_core.inspection.show import find_dataset, read_line, show
+from internvl_core.inspection.show_job import ShowJob
+from internvl_core.inspection.show_page import PLAIN_WORDS, write_page
 
 RULES = PixelRules("imagenet")
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"

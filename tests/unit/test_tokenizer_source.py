@@ -10,10 +10,10 @@ import pytest
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef
-from internvl_core.data.lint_report import TokenizerSource
 from internvl_core.data.text_encoder import load_text_encoder
-from internvl_core.data.tokenizer_source import count_tokens_per_tile, load_encoder
 from internvl_core.errors import ArgumentError, CheckpointNotFound
+from internvl_core.inspection.lint_report import TokenizerSource
+from internvl_core.inspection.tokenizer_source import count_tokens_per_tile, load_encoder
 from internvl_core.model.load import write_base
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
