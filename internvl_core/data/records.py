@@ -7,13 +7,14 @@ understood is refused. Tokens, files and pixels are looked at elsewhere.
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypedDict
 
 from internvl_core.data.media_root import check_name
-from internvl_core.data.strict_json import STRICT_JSON
+from internvl_core.data.strict_json import STRICT_JSON, shorten
 from internvl_core.errors import DataError, Reason
 
 IMAGE_TAG = "<image>"
@@ -35,6 +36,7 @@ RECORD_KEYS = frozenset(
     }
 )
 _TURN_KEYS = frozenset({"from", "value"})
+_MAX_KEY_LETTERS = 40
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def parse_record(line: bytes, *, ignore_keys: Collection[str] = ()) -> ParsedRec
 
 
 def _parse_json(line: bytes) -> dict[str, Any]:
+    if b"\0" in line:
+        raise DataError("not UTF-8: holds zero bytes, as UTF-16 does. Convert the file.", reason=Reason.ENCODING)
     try:
         content = STRICT_JSON.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -134,15 +138,22 @@ def _check_keys(content: dict[str, Any], known: frozenset[str], ignored: Collect
     for key in content:
         if key in known or key in ignored:
             continue
-        nearest = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.8)
-        if nearest:
-            raise DataError(f"unknown key {_shorten(key)}. Did you mean {nearest[0]!r}?")
+        # Difflib takes memory and time for every letter, and a key may have millions.
+        misspelt = _find_nearest(key[:_MAX_KEY_LETTERS].lower(), known, 0.8)
+        if misspelt:
+            raise DataError(f"unknown key {shorten(key)}. Did you mean {misspelt!r}?")
         if ANY_KEY not in ignored:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)
+            nearest = _find_nearest(key[:_MAX_KEY_LETTERS], known, 0)
             raise DataError(
-                f"unknown key {_shorten(key)}, nearest known: {nearest[0]!r}. If it is a note that training does not "
+                f"unknown key {shorten(key)}, nearest known: {nearest!r}. If it is a note that training does not "
                 "need, list it in the data set's ignore_keys."
             )
+
+
+# The notes of a data set have the same keys in each of its records.
+@lru_cache(maxsize=1024)
+def _find_nearest(key: str, known: frozenset[str], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(key, sorted(known), n=1, cutoff=cutoff)), None)
 
 
 def _parse_images(value: object) -> tuple[str, ...]:
@@ -151,7 +162,7 @@ def _parse_images(value: object) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise DataError(f"image must be a path or a list of paths, got {_shorten(name)}.")
+            raise DataError(f"image must be a path or a list of paths, got {shorten(name)}.")
         _check_text(name, "image")
         check_name(name)
     return tuple(names)
@@ -164,13 +175,13 @@ def _parse_video(content: dict[str, Any]) -> tuple[str | None, tuple[float, floa
             raise DataError("clip without a video.")
         return None, None
     if not isinstance(name, str) or not name:
-        raise DataError(f"video must be one path, got {_shorten(name)}.")
+        raise DataError(f"video must be one path, got {shorten(name)}.")
     _check_text(name, "video")
     check_name(name)
     if clip is None:
         return name, None
     if not (isinstance(clip, list) and len(clip) == 2 and all(_is_number(bound) for bound in clip)):
-        raise DataError(f"clip must be [from, to] in seconds, got {_shorten(clip)}.")
+        raise DataError(f"clip must be [from, to] in seconds, got {shorten(clip)}.")
     start, end = float(clip[0]), float(clip[1])
     if not 0 <= start < end:
         raise DataError(f"clip [{start:g}, {end:g}] must be 0 <= from < to, in seconds.")
@@ -178,7 +189,8 @@ def _parse_video(content: dict[str, Any]) -> tuple[str | None, tuple[float, floa
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: a whole number of JSON may be too large for a float. NaN is not below anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _parse_sizes(content: dict[str, Any], num_images: int) -> tuple[tuple[int, int], ...] | None:
@@ -206,7 +218,7 @@ def _parse_sides(content: dict[str, Any], name: str) -> list[int] | None:
     sides = value if isinstance(value, list) else [value]
     for side in sides:
         if isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 1 << 20:
-            raise DataError(f"{name} must be a whole number of pixels above 0, got {_shorten(side)}.")
+            raise DataError(f"{name} must be a whole number of pixels above 0, got {shorten(side)}.")
     return sides
 
 
@@ -233,17 +245,17 @@ def _parse_turns(value: object, ignore_keys: Collection[str]) -> tuple[Turn, ...
 def _parse_turn(number: int, turn: object, ignore_keys: Collection[str]) -> Turn:
     if not isinstance(turn, dict):
         raise DataError(
-            f"turn {number} must be an object with from and value, got {_shorten(turn)}.", reason=Reason.TURNS
+            f"turn {number} must be an object with from and value, got {shorten(turn)}.", reason=Reason.TURNS
         )
     _check_keys(turn, _TURN_KEYS, ignore_keys)
     role, text = turn.get("from"), turn.get("value")
     if role not in ("system", "human", "gpt"):
         raise DataError(
-            f"turn {number}: from is {_shorten(role)}, must be system (first turn only), human or gpt.",
+            f"turn {number}: from is {shorten(role)}, must be system (first turn only), human or gpt.",
             reason=Reason.TURNS,
         )
     if not isinstance(text, str):
-        raise DataError(f"turn {number}: value must be text, got {_shorten(text)}.", reason=Reason.TURNS)
+        raise DataError(f"turn {number}: value must be text, got {shorten(text)}.", reason=Reason.TURNS)
     if role == "gpt" and not text.strip():
         raise DataError(f"turn {number}: the answer is empty.", reason=Reason.NO_TARGET)
     _check_text(text, f"turn {number}")
@@ -280,8 +292,3 @@ def _place_tag(turns: tuple[Turn, ...], tag: str, num_media: int, media: str) ->
         f"{num_tags} {tag} tags{elsewhere} but {num_media} {media}. Write one tag for each, in human turns.",
         reason=Reason.TAGS,
     )
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
