@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from internvl_core.data.media_root import MAX_FILE_BYTES
 from internvl_core.data.tiling import Tiling
 from internvl_core.errors import ArgumentError, InternVLError, MediaError, Reason
 
@@ -44,6 +45,9 @@ warnings.filterwarnings("ignore", message="Image appears to be a malformed MPO f
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_FRAME_BYTES = 12  # Length, kind and checksum.
+_JPEG_SCAN = b"\xff\xda"
+# An encoder makes about ten. Each goes over all pixels (0.07 s for 89 megapixels), and may have no more than 100 bytes.
+_MAX_JPEG_SCANS = 100
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _EIGHT_OF_SIXTEEN_BITS = (np.arange(1 << 16) / 257).round().astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
@@ -64,10 +68,12 @@ def load_image(source: BinaryIO | bytes, name: str, *, draft_for: Tiling | None 
             outside the allow-list.
     """
     try:
-        content = source if isinstance(source, bytes) else source.read()
+        content = source if isinstance(source, bytes) else _read_whole(source)
         with _open_image(io.BytesIO(content)) as image:
             if image.format == "PNG":
                 _check_png(content)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(content)
             if draft_for is not None and image.format == "JPEG":
                 _draft(image, draft_for)
             image.load()
@@ -90,6 +96,8 @@ def read_image_size(source: BinaryIO | bytes, name: str) -> tuple[int, int]:
         MediaError: no header of an allowed format, or a size that `load_image` would refuse.
     """
     try:
+        if not isinstance(source, bytes):
+            _check_size(source)
         with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _find_upright_size(image)
     except Exception as error:  # noqa: BLE001
@@ -120,6 +128,19 @@ def get_normalization(normalize_type: str) -> tuple[tuple[float, float, float], 
     if normalize_type not in NORMALIZATIONS:
         raise ArgumentError(f"normalize_type: {normalize_type!r}, must be one of {', '.join(NORMALIZATIONS)}.")
     return NORMALIZATIONS[normalize_type]
+
+
+def _read_whole(file: BinaryIO) -> bytes:
+    _check_size(file)
+    return file.read()
+
+
+def _check_size(file: BinaryIO) -> None:
+    """Refuse a huge file before any of it is read: a decoder may want all of it."""
+    size_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size_bytes > MAX_FILE_BYTES:
+        raise _absurd(f"{size_bytes} bytes are more than {MAX_FILE_BYTES >> 20} MiB.")
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -167,8 +188,17 @@ def _check_png(content: bytes) -> None:
         position = end + 4
 
 
+def _check_scans(content: bytes) -> None:
+    """Refuse a JPEG that would be decoded for hours; within its pixels the mark of a scan cannot occur."""
+    num_scans = content.count(_JPEG_SCAN)
+    if num_scans > _MAX_JPEG_SCANS:
+        raise _absurd(f"{num_scans} scans; at most {_MAX_JPEG_SCANS} are decoded.")
+
+
 def _find_upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
+    if image.format == "TIFF":  # Pillow has turned it already.
+        return width, height
     # The method of the base class: PNG's own one decodes the pixels to look behind them.
     orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
     return (height, width) if orientation in _SIDEWAYS else (width, height)
