@@ -72,12 +72,14 @@ class Interleave:
         """Yield sources and their own draw numbers, a block at a time, from the `start`-th draw of all."""
         block = self._find_block(start)
         skip = start - int(self._count(block).sum())
-        while block < self._num_blocks:
+        while start < int(self._sizes.sum()):
             sources, draws = self._list_block(block)
-            if len(sources) > skip:
+            if len(sources):
                 yield sources[skip:], draws[skip:]
-            skip = max(0, skip - len(sources))
-            block += 1
+            start += len(sources) - skip
+            # Where only a source of tiny weight is left, whole ages pass between two draws.
+            block = block + 1 if len(sources) else self._find_block(start)
+            skip = 0
 
     def _find_block(self, start: int) -> int:
         """Find the last block that begins at or before a draw."""
