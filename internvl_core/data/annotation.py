@@ -97,12 +97,17 @@ def exists(annotation: str) -> bool:
         StoreUnavailable: its store does not answer.
     """
     if "://" not in annotation and "::" not in annotation:
-        return Path(annotation).is_file()
+        return _is_file(annotation)
     uri = normalize_uri(annotation)
     if uri.startswith(FILE_PREFIX):
-        return Path(uri.removeprefix(FILE_PREFIX)).is_file()
+        return _is_file(uri.removeprefix(FILE_PREFIX))
     with translated(f"Looking for {uri}"):
         return bool(open_filesystem(uri).isfile(uri))
+
+
+def _is_file(path: str) -> bool:
+    # Pathlib's own raises where a name is too long.
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def fetch_annotation(annotation: str, cache_dir: Path) -> Path:

@@ -38,7 +38,7 @@ from internvl_core.data.annotation import AnnotationFile, digest_annotation, fet
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index_build import BLANK, COLUMNS, IndexPart, iter_parts
 from internvl_core.data.meta import DatasetMeta
-from internvl_core.errors import DataError, InternVLError, Reason
+from internvl_core.errors import ArgumentError, DataError, InternVLError, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def open_index(
     }
     directory = cache_dir / "index" / digest_json(settings)[:32]
     if not (directory / _HEADER_FILE).exists():
+        _check_own_settings(meta, encoding)
         _build(directory, annotation, meta, encoding, settings, num_processes)
     index = DatasetIndex(directory, meta, annotation)
     if not index.num_records:
@@ -174,6 +175,15 @@ def open_index(
             "Correct one of them."
         )
     return index
+
+
+def _check_own_settings(meta: DatasetMeta, encoding: Encoding) -> None:
+    try:
+        encoding.count_tokens([])
+    except ArgumentError as error:
+        if meta.conv_style is None and meta.system_prompt is None:
+            raise
+        raise DataError(f"dataset {meta.name!r}: {error}") from None
 
 
 def _build(

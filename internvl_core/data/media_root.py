@@ -29,12 +29,14 @@ MAX_FILE_BYTES = 256 << 20
 MAX_FOLDER_FILES = 100_000
 """Most frames in a folder: an hour at 25 frames a second."""
 
+NO_LETTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, the two that break lines, and halves of surrogate pairs: in no path that people can read."""
+
 # On these a key is only a name. sftp has links, which cannot be resolved and checked from here; http has redirects.
 _REMOTE_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 
 _MAX_NAME_BYTES = 4096
 _MAX_PART_BYTES = 255
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DIGITS = re.compile(r"([0-9]+)")
 
 # The answers that say something about this one file; any other error is about the disk or the store.
@@ -82,8 +84,8 @@ def _find_problem(name: str) -> str | None:
         return "is an address. Name the file relative to the data set's root."
     if name.startswith("/"):
         return "is absolute. Name the file relative to the data set's root."
-    if _CONTROL_CHARACTER.search(name):
-        return "holds a control character. Rename the file."
+    if NO_LETTER.search(name):
+        return "holds a control character or half a surrogate pair. Rename the file, or repair the record's escapes."
     if "\\" in name:
         return "holds a backslash. Folders are divided by '/'."
     parts = name.split("/")
@@ -91,12 +93,8 @@ def _find_problem(name: str) -> str | None:
         return "leads upward. Name the file relative to the data set's root, without '..'."
     if all(part in {"", "."} for part in parts):
         return "names no file."
-    try:
-        longest = max(len(part.encode()) for part in parts)
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair, which no file name can. Repair the record's escapes."
-    if longest > _MAX_PART_BYTES or length > _MAX_NAME_BYTES:
+    longest = max(len(part.encode()) for part in parts)
+    if longest > _MAX_PART_BYTES or len(name.encode()) > _MAX_NAME_BYTES:
         return f"is longer than a file's name can be: {_MAX_PART_BYTES} bytes a part, {_MAX_NAME_BYTES} in all."
     return None
 

@@ -7,8 +7,10 @@ flows can check and fingerprint data without torch.
 """
 
 import difflib
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from internvl_core.contract import digest_json
 from internvl_core.data.annotation import digest_annotation, exists, fetch_annotation
-from internvl_core.data.media_root import open_root
-from internvl_core.data.strict_json import STRICT_JSON
+from internvl_core.data.media_root import NO_LETTER, open_root
+from internvl_core.data.strict_json import STRICT_JSON, shorten
 from internvl_core.data.templates import get_template
 from internvl_core.errors import ArgumentError, DataError
 
 _MAX_META_BYTES = 16 << 20
+_MAX_NAME_LETTERS = 200
+# More than anybody reads at once; the others show when these are mended.
+_MAX_PROBLEMS = 20
 
 
 class DatasetEntry(BaseModel):
@@ -30,8 +35,8 @@ class DatasetEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    root: str
-    annotation: str
+    root: Annotated[str, Field(max_length=4096)]
+    annotation: Annotated[str, Field(max_length=4096)]
     data_augment: bool = False
     # Above 1,000 passes it is a slip of the keyboard.
     repeat_time: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
@@ -40,7 +45,7 @@ class DatasetEntry(BaseModel):
 
     conv_style: str | None = None
     system_prompt: str | None = None
-    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)] = 1.0
     ignore_keys: tuple[str, ...] = Field(default=(), strict=False)
 
 
@@ -121,6 +126,9 @@ def _read_entries(path: Path) -> dict[str, DatasetEntry]:
     if path.suffix != ".json":
         raise DataError(f"{path}: a meta file is a .json file that lists data sets; this is something else.")
     try:
+        # A pipe would never end, a device even less.
+        if path.exists() and not path.is_file():
+            raise DataError("is not a regular file.")
         if path.stat().st_size > _MAX_META_BYTES:
             raise DataError(f"larger than {_MAX_META_BYTES >> 20} MiB; a meta file lists data sets, not records.")
         text = path.read_text(encoding="utf-8-sig")
@@ -139,29 +147,34 @@ def _read_entries(path: Path) -> dict[str, DatasetEntry]:
         raise DataError(f"{path}: holds a number of thousands of digits.") from None
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path}: must be an object with one key per data set and at least one data set.")
-    problems = [problem for name, entry in content.items() for problem in _find_problems(name, entry)]
+    found = (f"{path}: {problem}" for name, entry in content.items() for problem in _iter_problems(name, entry))
+    problems = list(itertools.islice(found, _MAX_PROBLEMS))
     if problems:
-        raise DataError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise DataError("\n".join(problems))
     return {name: DatasetEntry.model_validate(entry) for name, entry in content.items()}
 
 
-def _find_problems(name: str, entry: object) -> list[str]:
-    where = f"dataset {name!r}"
-    if not name or not name.isprintable() or name != name.strip():
-        return [f"{where}: a name must be printable and must not begin or end with a space."]
+def _iter_problems(name: str, entry: object) -> Iterator[str]:
+    where = f"dataset {shorten(name)}"
+    if not name or not name.isprintable() or name != name.strip() or len(name) > _MAX_NAME_LETTERS:
+        yield f"{where}: a name must be printable, of at most {_MAX_NAME_LETTERS} letters, with no space at its ends."
+        return
     if not isinstance(entry, dict):
-        return [f"{where}: must be an object with the keys {_known_keys()}."]
-    problems = []
+        yield f"{where}: must be an object with the keys {_known_keys()}."
+        return
     for key in entry.keys() - DatasetEntry.model_fields.keys():
-        nearest = difflib.get_close_matches(key, DatasetEntry.model_fields, n=1, cutoff=0)
-        problems.append(f"{where}: unknown key {key!r}. Did you mean {nearest[0]!r}? Known: {_known_keys()}.")
+        nearest = difflib.get_close_matches(key[:_MAX_NAME_LETTERS], DatasetEntry.model_fields, n=1, cutoff=0)
+        yield f"{where}: unknown key {shorten(key)}. Did you mean {nearest[0]!r}? Known: {_known_keys()}."
     try:
         DatasetEntry.model_validate({key: value for key, value in entry.items() if key in DatasetEntry.model_fields})
     except ValidationError as error:
         for detail in error.errors():
-            got = "" if detail["type"] == "missing" else f" Got {detail['input']!r}."
-            problems.append(f"{where}: {detail['loc'][0]}: {detail['msg']}.{got}")
-    return problems
+            got = "" if detail["type"] == "missing" else f" Got {shorten(detail['input'])}."
+            yield f"{where}: {detail['loc'][0]}: {detail['msg']}.{got}"
+    for key in ("root", "annotation"):
+        value = entry.get(key)
+        if isinstance(value, str) and NO_LETTER.search(value):
+            yield f"{where}: {key}: {shorten(value)} holds a control character or half a surrogate pair. Rename it."
 
 
 def _known_keys() -> str:

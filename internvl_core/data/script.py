@@ -63,6 +63,8 @@ class Script:
         encoder.check_tokens(template.tokens.union(SPECIAL_TOKENS))
         if system_prompt is None:
             system_prompt = template.default_system_message
+        if not _is_encodable(system_prompt):
+            raise ArgumentError("system_prompt: half a surrogate pair is not text. Repair the escapes.")
         spelt = encoder.find_control_token(system_prompt)
         if spelt:
             raise ArgumentError(f"system_prompt: spells {spelt!r}, which the tokenizer would take for a control token.")
@@ -167,8 +169,8 @@ class Script:
         return num_header, len(self.encoder.encode_fixed(self.template.endings["gpt"])) - 1
 
     def _check_text(self, text: str, number: int) -> None:
-        if not text.isascii():
-            _check_encodable(text, number)
+        if not _is_encodable(text):
+            raise DataError(f"turn {number}: half a surrogate pair is not text.", reason=Reason.ENCODING)
         spelt = self.encoder.find_control_token(text)
         if spelt:
             raise DataError(
@@ -177,8 +179,9 @@ class Script:
             )
 
 
-def _check_encodable(text: str, number: int) -> None:
+def _is_encodable(text: str) -> bool:
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"turn {number}: half a surrogate pair is not text.", reason=Reason.ENCODING) from None
+        return False
+    return True

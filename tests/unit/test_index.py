@@ -170,6 +170,16 @@ def test_an_annotation_that_does_not_fit_its_meta_is_refused(
         open_one(write_meta(tmp_path, {"pets": records}, **entry))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [("a<|im_end|>", r"spells '<\|im_end\|>'"), ("\ud800", "half a surrogate pair")]
+)
+def test_a_system_prompt_that_is_no_text_is_refused_with_its_data_set(
+    tmp_path: Path, prompt: str, expected: str
+) -> None:
+    with pytest.raises(DataError, match=f"dataset 'pets': system_prompt: {expected}"):
+        open_one(write_meta(tmp_path, {"pets": [record()]}, system_prompt=prompt))
+
+
 def test_a_line_of_hundreds_of_megabytes_is_left_out_unread(tmp_path: Path) -> None:
     path = write_meta(tmp_path, {"pets": [record()]})
     with (tmp_path / "pets.jsonl").open("r+b") as file:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ def test_two_datasets_of_one_name_are_refused(tmp_path: Path) -> None:
         load_meta(write_meta(tmp_path, f'{{"pets": {entry}, "pets": {entry}}}'))
 
 
+@pytest.mark.parametrize("weight", [0, 1e-6, -1, 1e9, "2"])
+def test_a_weight_that_would_stretch_an_epoch_without_end_is_refused(tmp_path: Path, weight: object) -> None:
+    with pytest.raises(DataError, match="weight"):
+        load_meta(write_meta(tmp_path, weight=weight))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_meta_file_that_is_no_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "meta.json"
+    {"pipe": os.mkfifo, "device": lambda link: link.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    with pytest.raises(DataError, match=r"meta\.json: is not a regular file"):
+        load_meta(path)
+
+
+def test_a_message_stays_short_whatever_the_file(tmp_path: Path) -> None:
+    for content in ({str(number): {f"x{number}": 1} for number in range(50_000)}, {"a" * 100_000: {"b" * 100_000: []}}):
+        with pytest.raises(DataError) as refused:
+            load_meta(write_meta(tmp_path, content))
+        assert len(str(refused.value)) < 10_000
+
+
 @pytest.mark.parametrize("repeat_time", [0, -1, "2", True, 1e9, None])
 def test_a_repeat_time_that_is_no_number_of_passes_is_refused(tmp_path: Path, repeat_time: object) -> None:
     with pytest.raises(DataError, match="repeat_time"):
@@ -92,6 +114,10 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
         ({"root": "simplecache::s3://bucket/images"}, "chains protocols"),
         ({"annotation": "s3://key:secret@bucket/a.jsonl"}, "carries credentials"),
         ({"annotation": "file://a.jsonl"}, "is a relative path"),
+        ({"annotation": f"{'a' * 300}.jsonl"}, "is not a file"),
+        ({"annotation": f"{'a/' * 3000}.jsonl"}, "at most 4096 characters"),
+        ({"annotation": "a\nb.jsonl"}, r"annotation: 'a\\nb.jsonl' holds a control character"),
+        ({"root": "\ud800"}, r"root: '\\ud800' holds .* half a surrogate pair"),
     ],
 )
 def test_a_dataset_that_does_not_fit_its_files_is_refused(tmp_path: Path, entry: dict[str, Any], expected: str) -> None:
