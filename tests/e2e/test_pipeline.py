@@ -237,4 +237,5 @@ def test_the_pipeline_runs_on_s3(finished: Run, tmp_path: Path, s3_bucket_uri: s
     filesystem = fsspec.filesystem("s3", use_listings_cache=False)
     for stage in STEPS:
         assert filesystem.glob(f"{s3_bucket_uri}/smoke/{stage}-*/handover/*.json"), run.output
-    assert len(list((tmp_path / "cache").iterdir())) == 3, "each parent is fetched once"
+    fetched = [path.name for path in (tmp_path / "cache").iterdir() if path.name not in ("digests", "index")]
+    assert len(fetched) == 3, "each parent is fetched once"
