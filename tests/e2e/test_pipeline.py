@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from internvl_core.checkpoint.store import StageStore
+from internvl_core.contract import StageResult
 
 pytestmark = pytest.mark.e2e
 
@@ -137,6 +138,17 @@ def test_each_stage_changes_exactly_the_parts_that_its_flags_leave_free(finished
 
     assert changed(stage1, stage15) == part(stage1, vision, projector)
     assert changed(stage15, stage2) == stage2.keys()
+
+
+def test_the_stages_train_and_are_scored_on_text_images_pairs_and_videos(finished: Run) -> None:
+    for stage in ("stage1", "stage1.5", "stage2"):
+        (attempt_dir,) = (finished.workspace / "attempts").glob(f"{stage}-*/1")
+        result = StageResult.get(attempt_dir)
+        assert all(result.counters[f"samples/{name}"] > 0 for name in ("digit", "seven", "even", "text", "pair", "clip"))
+        assert result.counters["bad_samples"] == 0
+        assert result.metrics.keys() >= {"accuracy/pair", "accuracy/clip"}
+        # The flow indexed the data of all stages before the first.
+        assert "Indexed" not in (attempt_dir / "trainer.log").read_text()
 
 
 def test_a_lora_finetune_commits_adapters_of_the_language_model_and_their_base(finished: Run) -> None:
