@@ -4,7 +4,7 @@ Training, evaluation and `internvl data show` see the same pixels through here.
 Shapes: `K` tiles, `S` side of a tile in px.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from internvl_core.data.meta import DatasetMeta
 from internvl_core.data.records import Record, Turn
 from internvl_core.data.tiles import cut_tiles, draw_jpeg_quality
 from internvl_core.data.tiling import Tiling
-from internvl_core.data.video import count_frames, load_frames, probe_video
+from internvl_core.data.video import count_frames, iter_frames, probe_video
 
 
 @dataclass(frozen=True)
@@ -85,41 +85,44 @@ class PixelSource:
         """
         content = record.content
         if content.video is not None:
-            turns, pictures = self._load_video(record, key)
+            turns, pictures = self._open_video(record, key)
             # A frame is one tile, whatever its shape.
             tiling = replace(self._encoding.tiling, is_dynamic=False)
         else:
-            turns, pictures = content.turns, None
+            turns = content.turns
             tiling = self._encoding.tiling.for_images(len(content.images))
-        tiles = []
-        for number in range(len(content.images) if pictures is None else len(pictures)):
-            picture = self._load_image(content.images[number], tiling) if pictures is None else pictures[number]
-            tiles.append(self._cut(picture, tiling, f"{key}/{number}", is_training and self._is_augmented))
+            pictures = (self._load_image(name, tiling) for name in content.images)
+        is_augmented = is_training and self._is_augmented
+        tiles = [
+            self._cut(picture, tiling, f"{key}/{number}" if is_augmented else None)
+            for number, picture in enumerate(pictures)
+        ]
         size = tiling.tile_size
         stacked = torch.cat(tiles) if tiles else torch.empty((0, 3, size, size), dtype=torch.uint8)
         return LoadedMedia(turns, stacked, [len(picture_tiles) for picture_tiles in tiles])
 
-    def _load_video(self, record: Record, key: str) -> tuple[Sequence[Turn], Sequence[Image.Image]]:
+    def _open_video(self, record: Record, key: str) -> tuple[Sequence[Turn], Iterator[Image.Image]]:
         name, clip = record.content.video, record.content.clip
         assert name is not None
         sampling = self._encoding.frames
         info = probe_video(self._root, name, clip)
         count = count_frames(info, sampling, key=record.sample_id)
-        frames = load_frames(self._root, name, info, sampling, count=count, key=key, clip=clip)
+        frames = iter_frames(self._root, name, info, sampling, count=count, key=key, clip=clip)
         return render_frames(record.content.turns, count), frames
 
     def _load_image(self, name: str, tiling: Tiling) -> Image.Image:
         with self._root.open(name) as file:
             return load_image(file, name, draft_for=tiling if self._rules.can_draft else None)
 
-    def _cut(self, image: Image.Image, tiling: Tiling, key: str, is_augmented: bool) -> Tensor:
+    def _cut(self, image: Image.Image, tiling: Tiling, augmentation_key: str | None) -> Tensor:
         rules = self._rules
         # Tiles of a grid are square already; only a picture that becomes one tile whole is padded, as in the original.
         if rules.pad2square and not tiling.is_dynamic:
             image = pad_to_square(image, rules.normalize_type)
         quality: int | list[int] | None = None
-        if is_augmented and rules.augment_per_tile:
-            quality = [draw_jpeg_quality(key, tile=tile) for tile in range(tiling.count_tiles(*image.size))]
-        elif is_augmented:
-            quality = draw_jpeg_quality(key)
+        if augmentation_key is not None and rules.augment_per_tile:
+            num_tiles = tiling.count_tiles(*image.size)
+            quality = [draw_jpeg_quality(augmentation_key, tile=tile) for tile in range(num_tiles)]
+        elif augmentation_key is not None:
+            quality = draw_jpeg_quality(augmentation_key)
         return cut_tiles(image, tiling, jpeg_quality=quality, is_fast=rules.is_fast)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal, Self
@@ -146,7 +146,7 @@ def choose_frames(info: VideoInfo, sampling: FrameSampling, *, count: int, key: 
     return [(bounds[number] + bounds[number + 1] - 1) // 2 for number in range(count)]
 
 
-def load_frames(
+def iter_frames(
     root: "MediaRoot",
     name: str,
     info: VideoInfo,
@@ -155,8 +155,8 @@ def load_frames(
     count: int,
     key: str,
     clip: tuple[float, float] | None = None,
-) -> "list[Image.Image]":
-    """Load the chosen frames as RGB images, upright.
+) -> "Iterator[Image.Image]":
+    """Yield the chosen frames as RGB images, upright; one at a time, because 32 frames of 4K are 0.8 GB.
 
     If all frames of a whole video are wanted, each picture of it is given once. Else a picture that
     is shown for long may be that of two frames.
@@ -170,7 +170,8 @@ def load_frames(
     """
     chosen = choose_frames(info, sampling, count=count, key=key)
     if name.endswith("/"):
-        return _load_pictures(root, name, chosen)
+        yield from _iter_pictures(root, name, chosen)
+        return
     from internvl_core.data.video_reader import VideoReader
     from internvl_core.data.video_source import open_video
 
@@ -180,9 +181,10 @@ def load_frames(
         if count == info.num_frames and clip is None:
             images = list(itertools.islice(VideoReader(source).iter_all(), count + 1))
             if len(images) == count:
-                return images
+                yield from images
+                return
             source.reopen()
-        return list(VideoReader(source).iter_shown(times, start_s=info.start_s, frame_s=1 / info.fps))
+        yield from VideoReader(source).iter_shown(times, start_s=info.start_s, frame_s=1 / info.fps)
 
 
 def _count_regular(info: VideoInfo, sampling: FrameSampling) -> int:
@@ -198,7 +200,7 @@ def _draw(key: str, span: int) -> int:
 
 
 def _probe_folder(root: "MediaRoot", name: str, clip: tuple[float, float] | None) -> VideoInfo:
-    # Brings torch along, which an index without folders can do without.
+    # Brings Pillow along, which an index of texts can do without.
     from internvl_core.data.media import read_image_size
 
     if clip is not None:
@@ -209,15 +211,13 @@ def _probe_folder(root: "MediaRoot", name: str, clip: tuple[float, float] | None
     return VideoInfo(len(pictures), None, width, height)
 
 
-def _load_pictures(root: "MediaRoot", name: str, chosen: Sequence[int]) -> "list[Image.Image]":
+def _iter_pictures(root: "MediaRoot", name: str, chosen: Sequence[int]) -> "Iterator[Image.Image]":
     from internvl_core.data.media import load_image
 
     pictures = _list_pictures(root, name)
-    images = []
     for number in chosen:
         with root.open(pictures[number]) as file:
-            images.append(load_image(file, pictures[number]))
-    return images
+            yield load_image(file, pictures[number])
 
 
 def _list_pictures(root: "MediaRoot", name: str) -> list[str]:

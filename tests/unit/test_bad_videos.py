@@ -24,7 +24,7 @@ from video_files import (
 
 from internvl_core.data import video_source
 from internvl_core.data.media_root import MediaRoot, open_root
-from internvl_core.data.video import load_frames, probe_video
+from internvl_core.data.video import iter_frames, probe_video
 from internvl_core.data.video_reader import VideoReader
 from internvl_core.data.video_source import open_video
 from internvl_core.errors import MediaError, Reason, StoreUnavailable
@@ -156,7 +156,7 @@ def test_reading_stops_when_the_time_is_up(tmp_path: Path, root: MediaRoot, monk
     info = probe_video(root, "v")
     monkeypatch.setattr(video_source, "TIME_LIMIT_S", -1.0)
     with pytest.raises(MediaError, match="not read within") as caught:
-        load_frames(root, "v", info, every(40), count=40, key="")
+        list(iter_frames(root, "v", info, every(40), count=40, key=""))
     assert caught.value.reason == Reason.MEDIA_SIZE
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from internvl_core.data.media_root import open_root
 from internvl_core.data.meta import load_meta
 from internvl_core.data.records import ParsedRecord, parse_record
-from internvl_core.data.video import FrameSampling, load_frames, probe_video
+from internvl_core.data.video import FrameSampling, iter_frames, probe_video
 from internvl_core.errors import ArgumentError, DataError
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import WORDS, DigitsSettings, generate_digits
@@ -122,7 +122,7 @@ def test_a_clip_shows_its_two_digits_for_four_frames_each(digits: Path) -> None:
         assert record.video is not None
         info = probe_video(root, record.video)
         assert (info.num_frames, info.width, info.height) == (8, 32, 32)
-        frames = load_frames(root, record.video, info, FrameSampling.parse("middle", 8, 8), count=8, key="")
+        frames = list(iter_frames(root, record.video, info, FrameSampling.parse("middle", 8, 8), count=8, key=""))
         images = [np.asarray(Image.open(digits / "images" / name), np.float32) for name in list_images(record)]
         for number, frame in enumerate(frames):
             distances = [np.abs(np.asarray(frame, np.float32) - image).mean() for image in images]

@@ -11,7 +11,7 @@ from PIL import Image
 from video_files import SHADE, every, load_numbers, make_gif, make_noise, make_video, read_number
 
 from internvl_core.data.media_root import MediaRoot, open_root
-from internvl_core.data.video import FrameSampling, VideoInfo, choose_frames, count_frames, load_frames, probe_video
+from internvl_core.data.video import FrameSampling, VideoInfo, choose_frames, count_frames, iter_frames, probe_video
 from internvl_core.data.video_reader import VideoReader
 from internvl_core.data.video_source import open_video
 from internvl_core.data.video_timeline import measure_timeline
@@ -139,7 +139,7 @@ def test_a_frame_that_is_jumped_to_is_the_one_of_a_full_decode(
     info = probe_video(root, "v")
     assert (info.num_frames, info.width, info.height) == (40, 32, 32)
     assert info.fps == pytest.approx(10)
-    frames = load_frames(root, "v", info, every(40), count=40, key="")
+    frames = list(iter_frames(root, "v", info, every(40), count=40, key=""))
     assert [read_number(frame) for frame in frames] == list(range(40))
     with (tmp_path / "v").open("rb") as file:
         for wanted in (*([number] for number in range(40)), [20, 21, 33], [0, 8, 17], [7, 39], list(range(40))):
@@ -267,14 +267,14 @@ def test_frames_come_upright(tmp_path: Path, root: MediaRoot) -> None:
     body[matrix : matrix + 36] = b"".join(value.to_bytes(4, signed=True) for value in quarter)
     (tmp_path / "v").write_bytes(body)
     info = probe_video(root, "v")
-    assert [frame.size for frame in load_frames(root, "v", info, every(2), count=2, key="")] == [(32, 64)] * 2
+    assert [frame.size for frame in list(iter_frames(root, "v", info, every(2), count=2, key=""))] == [(32, 64)] * 2
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path, root: MediaRoot) -> None:
     frames = [Image.new("RGBA", (32, 32), (0, 0, 0, alpha)) for alpha in (0, 255)]
     frames[0].save(tmp_path / "v", format="png", save_all=True, append_images=frames[1:], duration=100)
     info = probe_video(root, "v")
-    images = load_frames(root, "v", info, every(2), count=2, key="")
+    images = list(iter_frames(root, "v", info, every(2), count=2, key=""))
     assert [image.getpixel((5, 5)) for image in images] == [(255, 255, 255), (0, 0, 0)]
 
 
@@ -321,4 +321,4 @@ def test_a_broken_picture_of_a_folder_is_named(tmp_path: Path, root: MediaRoot) 
     (tmp_path / "v" / "2.png").write_bytes(b"<html>")
     info = probe_video(root, "v/")
     with pytest.raises(MediaError, match=r"v/2\.png"):
-        load_frames(root, "v/", info, every(2), count=2, key="")
+        list(iter_frames(root, "v/", info, every(2), count=2, key=""))

@@ -14,7 +14,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from internvl_core.data.media_root import MediaRoot
-from internvl_core.data.video import FrameSampling, count_frames, load_frames, probe_video
+from internvl_core.data.video import FrameSampling, count_frames, iter_frames, probe_video
 
 SHADE = 6
 """Frame i is grey, of brightness SHADE * i: the pictures of a video say which frames they are."""
@@ -93,7 +93,7 @@ def load_numbers(
 ) -> list[int]:
     info = probe_video(root, name, clip)
     count = count_frames(info, sampling, key=key)
-    frames = load_frames(root, name, info, sampling, count=count, key=key, clip=clip)
+    frames = list(iter_frames(root, name, info, sampling, count=count, key=key, clip=clip))
     return [read_number(frame) for frame in frames]
 
 
