@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import DatasetIndex, open_index
 from internvl_core.data.index_build import SAMPLE, STATUS
 from internvl_core.data.meta import DatasetMeta, load_meta
+from internvl_core.data.records import MAX_LINE_BYTES
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import DataError
 from internvl_core.inspection.lint_report import (
@@ -151,7 +153,8 @@ def count_repeated_ids(path: Path, num_lines: int) -> int:
     hashes = np.empty(num_lines, np.int64)
     count = 0
     with path.open("rb") as file:
-        for line in file:
+        # A longer line is no record; its pieces are none either.
+        for line in iter(partial(file.readline, MAX_LINE_BYTES + 1), b""):
             try:
                 identity = json.loads(line).get("id")
             except (ValueError, AttributeError, RecursionError):

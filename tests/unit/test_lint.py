@@ -18,6 +18,7 @@ from internvl_core.data.index import open_index
 from internvl_core.data.meta import load_meta
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, DataError
+from internvl_core.inspection import lint as lint_module
 from internvl_core.inspection.lint import count_repeated_ids, lint
 from internvl_core.inspection.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaJob, TokenizerSource
 from internvl_core.model.load import LoadedModel, build_model
@@ -174,6 +175,14 @@ def test_ids_that_come_again_are_counted_and_are_no_error(tmp_path: Path) -> Non
 def test_lines_that_are_no_records_have_no_id(tmp_path: Path) -> None:
     write_records(tmp_path / "a.jsonl", ["[1]", "{", "3", '{"id": 5}', '{"id": 5}'])
     assert count_repeated_ids(tmp_path / "a.jsonl", 5) == 1
+
+
+def test_a_line_that_is_too_long_for_a_record_is_not_held_for_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lint_module, "MAX_LINE_BYTES", 100)
+    write_records(tmp_path / "a.jsonl", ['{"id": 5}', f'{{"id": 5, "note": "{"x" * 200}"}}', '{"id": 5}'])
+    assert count_repeated_ids(tmp_path / "a.jsonl", 3) == 1
 
 
 # --- reports
