@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from internvl_core.data.media import NORMALIZATIONS, load_image
+from internvl_core.data.resample import is_compiled, resize
 from internvl_core.data.tiles import MAX_JPEG_QUALITY, MIN_JPEG_QUALITY, cut_tiles
 from internvl_core.data.tiling import Tiling
 
@@ -132,6 +133,7 @@ def list_steps(content: bytes) -> dict[str, Callable[[], object]]:
     return {
         "decode alone": lambda: Image.open(io.BytesIO(content)).load(),
         "resize alone, Pillow": lambda: [image.resize(shape, Image.Resampling.BICUBIC) for shape in shapes],
+        "resize alone, exact": lambda: resize(image, shapes),
         "resize alone, torch": lambda: [resize_in_torch(shape) for shape in shapes],
         "JPEG round trip alone": lambda: [round_trip(picture) for picture in resized],
     }
@@ -190,6 +192,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_vectors": torch.backends.cpu.get_cpu_capability(),
         "pillow": PIL.__version__,
+        "resample_compiled": is_compiled(),
         "libjpeg": PIL.features.version("libjpeg_turbo"),
     }
 
