@@ -8,6 +8,7 @@ was changed meanwhile is refused, because offsets into another content are lies.
 import hashlib
 import json
 import os
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -37,33 +38,49 @@ class FileVersion:
 class AnnotationFile:
     """Lines of a local annotation file, by byte offset; opened when first read, in every process anew."""
 
-    def __init__(self, path: Path, *, shown_as: str, digest: str) -> None:
+    def __init__(self, path: Path, *, shown_as: str, digest: str, version: FileVersion) -> None:
         """Describe a file.
 
         Args:
             shown_as: what messages call it, a remote file by its URI.
-            digest: of the content that offsets belong to, as it is now.
+            digest: of the content that offsets belong to.
+            version: of the file when it had that content.
         """
         self.path = path
         self.shown_as = shown_as
         self._digest = digest
-        self._version = find_version(path)
+        self._version = version
         self._descriptor: int | None = None
 
     def read_line(self, offset: int, size_bytes: int) -> bytes:
         """Read part of the file.
 
         Raises:
-            DataError: the file is not the one that was indexed.
+            AnnotationChanged: the file is not the one that was indexed.
+            StoreUnavailable: the disk fails.
         """
+        descriptor = self._open()
+        with translated(f"Reading {self.shown_as}"):
+            # pread has no file position, so workers forked with this descriptor cannot disturb each other.
+            return os.pread(descriptor, size_bytes, offset)
+
+    def check_unchanged(self) -> None:
+        """Check that the file is the one that was described.
+
+        Raises:
+            AnnotationChanged: it is not.
+        """
+        self._open()
+
+    def _open(self) -> int:
         if self._descriptor is None:
-            try:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise AnnotationChanged(f"{self.shown_as}: cannot be read: {error.strerror}.") from None
+            with translated(f"Opening {self.shown_as}", answers=(FileNotFoundError,)):
+                try:
+                    self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise AnnotationChanged(f"{self.shown_as}: is gone since it was indexed.") from None
         self._check_version(self._descriptor)
-        # pread has no file position, so workers forked with this descriptor cannot disturb each other.
-        return os.pread(self._descriptor, size_bytes, offset)
+        return self._descriptor
 
     def _check_version(self, descriptor: int) -> None:
         # A file that was replaced lives on behind the descriptor; one that is written to shows it here.
@@ -132,39 +149,34 @@ def fetch_annotation(annotation: str, cache_dir: Path) -> Path:
     path = cache_dir / "annotations" / f"{key}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{key}.{os.getpid()}")
+        partial = path.with_name(f".{key}.{uuid.uuid4().hex}")
         with translated(f"Fetching {uri}"):
             filesystem.get_file(uri, str(partial))
         partial.replace(path)
     return path
 
 
-def digest_annotation(path: Path, cache_dir: Path) -> str:
-    """Sha256 (hex) of a local file, remembered in the cache for as long as the file does not change.
+def digest_annotation(path: Path, cache_dir: Path) -> tuple[str, FileVersion]:
+    """Sha256 (hex) of a local file and the version it belongs to, remembered in the cache until the file changes.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is being written to.
     """
-    version = asdict(FileVersion.of(_stat(path)))
+    version = FileVersion.of(_stat(path))
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     memory = cache_dir / "digests" / f"{key}.json"
     try:
         remembered = json.loads(memory.read_text())
-        if remembered["version"] == version:
-            return str(remembered["sha256"])
+        if remembered["version"] == asdict(version):
+            return str(remembered["sha256"]), version
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = hash_file(path)
-    # Unless it was written to while it was read, which the next look will see.
-    if asdict(FileVersion.of(_stat(path))) == version:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(memory, {"path": str(path), "version": version, "sha256": digest})
-    return digest
-
-
-def find_version(path: Path) -> FileVersion:
-    """Ask the system for the version of a local file."""
-    return FileVersion.of(_stat(path))
+    if FileVersion.of(_stat(path)) != version:
+        raise DataError(f"{path}: is being written to. Run again when it is whole.")
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(memory, {"path": str(path), "version": asdict(version), "sha256": digest})
+    return digest, version
 
 
 def _stat(path: Path) -> os.stat_result:

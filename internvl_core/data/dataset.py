@@ -98,7 +98,8 @@ class SupervisedDataset(Dataset["Sample | BadSample"]):
         if encoded.full_length != expected:
             raise DataError(
                 f"{encoded.full_length} tokens with {sum(media.tile_counts)} tiles, but {expected} by the index: width "
-                "and height of the record, or the header of the file, are not those of the picture. Correct them.",
+                "and height of the record are not those of the picture. Correct them, or, if the picture was replaced "
+                f"since, remove {index.directory}.",
                 reason=Reason.SIZE_MISMATCH,
             )
         return {

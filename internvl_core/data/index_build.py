@@ -7,6 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,23 @@ def _build_in_parallel(builder: "_Builder", path: Path, num_processes: int) -> I
     # Spawned, because a fork of a process with threads, as every tokenizer and torch have, may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(builder,)) as pool:
-        waiting: deque[Future[IndexPart]] = deque()
+        waiting: deque[tuple[_Range, Future[IndexPart]]] = deque()
         for part in _iter_ranges(path):
-            waiting.append(pool.submit(_build_in_worker, part))
+            waiting.append((part, pool.submit(_build_in_worker, part)))
             if len(waiting) > 4 * num_processes:
-                yield waiting.popleft().result()
+                yield _wait(path, *waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _wait(path, *waiting.popleft())
+
+
+def _wait(path: Path, part: _Range, future: Future[IndexPart]) -> IndexPart:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"{path}:{part.first_line}: a process that measured the lines from here on died. Was the file cut off "
+            "meanwhile, or did memory run out? Else one of the next media crashes its decoder."
+        ) from None
 
 
 def _iter_ranges(path: Path) -> Iterator[_Range]:
@@ -179,6 +190,8 @@ class _Builder:
                 problems.append((first_line + position, measure.reason.value, str(measure)))
             elif measure.num_tiles > _MAX_TILES:
                 rows[position]["status"] = STATUS[Reason.TOO_LONG]
+                message = f"{measure.num_tiles} tiles; an index counts up to {_MAX_TILES}."
+                problems.append((first_line + position, Reason.TOO_LONG.value, message))
             else:
                 rows[position] = (measure.num_tokens, measure.num_tiles, measure.num_supervised, SAMPLE)
                 kinds[measure.kind] += 1

@@ -115,7 +115,7 @@ def digest_meta(path: str | Path, cache_dir: Path) -> str:
             {
                 "name": meta.name,
                 "entry": entries[meta.name].model_dump(exclude_defaults=True),
-                "annotation": digest_annotation(fetch_annotation(meta.annotation, cache_dir), cache_dir),
+                "annotation": digest_annotation(fetch_annotation(meta.annotation, cache_dir), cache_dir)[0],
             }
             for meta in load_meta(path)
         ]

@@ -6,6 +6,7 @@ the number of records but one bit for each.
 """
 
 import bisect
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -37,23 +38,23 @@ class Rows:
 
     def __init__(self, usable: NDArray[np.bool_]) -> None:
         self._num_rows = len(usable)
-        self._bits = np.packbits(usable)
         padded = np.zeros(-(-len(usable) // _BLOCK_ROWS) * _BLOCK_ROWS, bool)
         padded[: len(usable)] = usable
-        counts = padded.reshape(-1, _BLOCK_ROWS).sum(axis=1)
-        self._counts = np.concatenate([[0], np.cumsum(counts)])
+        self._bits = np.packbits(padded.reshape(-1, _BLOCK_ROWS), axis=1)
+        self._counts = np.concatenate([[0], np.cumsum(padded.reshape(-1, _BLOCK_ROWS).sum(axis=1))])
 
     def __len__(self) -> int:
         return int(self._counts[-1])
 
-    def find(self, number: int) -> int:
-        """Find the row of the `number`-th of them."""
+    def find(self, numbers: Draws) -> Draws:
+        """Find the rows of the `numbers`-th of them."""
         if len(self) == self._num_rows:
-            return number
-        block = int(np.searchsorted(self._counts, number, side="right")) - 1
-        start = block * _BLOCK_ROWS // 8
-        bits = np.unpackbits(self._bits[start : start + _BLOCK_ROWS // 8])
-        return block * _BLOCK_ROWS + int(np.flatnonzero(bits)[number - self._counts[block]])
+            return numbers
+        blocks = np.searchsorted(self._counts, numbers, side="right") - 1
+        before = np.cumsum(np.unpackbits(self._bits[blocks], axis=1), axis=1, dtype=np.int32)
+        places = (before <= (numbers - self._counts[blocks])[:, None]).sum(axis=1)
+        rows: Draws = blocks * _BLOCK_ROWS + places
+        return rows
 
 
 class Source:
@@ -82,12 +83,12 @@ class Source:
     def __len__(self) -> int:
         return self._passes * len(self.rows) + self._extra
 
-    def locate(self, draw: int) -> tuple[int, int]:
-        """Find the row and the repeat of a draw."""
-        repeat, number = divmod(draw, len(self.rows))
-        if repeat == self._passes:
-            number = int(self._subset.take(np.array([number]))[0])
-        return self.rows.find(number), repeat
+    def find_rows(self, draws: Draws) -> tuple[Draws, Draws]:
+        """Find the rows and the repeats of draws."""
+        repeats, numbers = np.divmod(draws, len(self.rows))
+        is_extra = repeats == self._passes
+        numbers[is_extra] = self._subset.take(numbers[is_extra])
+        return self.rows.find(numbers), repeats
 
     def permute(self, positions: Draws, key: str) -> Draws:
         """Give the draws at these positions of an epoch: one pass after the other, each in an order of its own."""
@@ -129,13 +130,31 @@ class Mixture:
         if not 0 <= number < len(self):
             raise IndexError(number)
         dataset = bisect.bisect_right(self._starts, number) - 1
-        row, repeat = self.sources[dataset].locate(number - self._starts[dataset])
-        return Draw(dataset, row, repeat)
+        rows, repeats = self.sources[dataset].find_rows(np.array([number - self._starts[dataset]]))
+        return Draw(dataset, int(rows[0]), int(repeats[0]))
 
-    def count_tokens(self, number: int) -> int:
-        """Count a draw's tokens, from the index alone."""
-        draw = self.locate(number)
-        return int(self.sources[draw.dataset].index.tokens[draw.row])
+    def count_tokens(self, numbers: Sequence[int]) -> list[int]:
+        """Count the tokens of draws, from the index alone."""
+        wanted = np.asarray(numbers, np.int64)
+        datasets = np.searchsorted(self._starts, wanted, side="right") - 1
+        tokens = np.empty(len(wanted), np.int64)
+        for dataset in np.unique(datasets).tolist():
+            chosen = datasets == dataset
+            source = self.sources[dataset]
+            rows, _ = source.find_rows(wanted[chosen] - self._starts[dataset])
+            tokens[chosen] = source.index.tokens[rows]
+        counts: list[int] = tokens.tolist()
+        return counts
+
+    @property
+    def digest(self) -> str:
+        """Sha256 (hex) over what decides the draws: which rows are used, and how long they are."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(f"{source.index.meta.name}/{len(source)}/{source.index.num_lines}".encode())
+            digest.update(np.ascontiguousarray(source.index.status).data)
+            digest.update(np.ascontiguousarray(source.index.tokens).data)
+        return digest.hexdigest()
 
     def iter_order(self, epoch: int, start: int = 0) -> Iterator[int]:
         """Yield the numbers of an epoch's draws in the order of training, from the `start`-th on."""

@@ -60,30 +60,34 @@ class Interleave:
             rates: draws of each per unit of time; only their ratios count.
         """
         self._sizes = np.array(sizes, np.int64)
-        # The unit of time is a block's length, whatever the rates' own unit.
-        self._rates = np.array(rates, np.float64) * (_BLOCK_DRAWS / sum(rates))
-        self._keys = [
-            np.frombuffer(hashlib.sha256(f"{key}/{number}".encode()).digest()[:8], "<u8")[0]
-            for number in range(len(sizes))
-        ]
-        self._num_blocks = int(np.ceil((self._sizes / self._rates).max(initial=0.0))) + 1
+        self._rates = np.array(rates, np.float64)
+        self._keys = np.array(
+            [int.from_bytes(hashlib.sha256(f"{key}/{number}".encode()).digest()[:8]) for number in range(len(sizes))],
+            np.uint64,
+        )
+        self._bounds = self._find_bounds()
 
     def iter_blocks(self, start: int = 0) -> Iterator[tuple[NDArray[np.int64], Draws]]:
         """Yield sources and their own draw numbers, a block at a time, from the `start`-th draw of all."""
         block = self._find_block(start)
         skip = start - int(self._count(block).sum())
-        while start < int(self._sizes.sum()):
+        while block < len(self._bounds) - 1:
             sources, draws = self._list_block(block)
-            if len(sources):
+            if len(sources) > skip:
                 yield sources[skip:], draws[skip:]
-            start += len(sources) - skip
-            # Where only a source of tiny weight is left, whole ages pass between two draws.
-            block = block + 1 if len(sources) else self._find_block(start)
-            skip = 0
+            skip = max(0, skip - len(sources))
+            block += 1
+
+    def _find_bounds(self) -> NDArray[np.float64]:
+        """Divide time so that every block has about as many draws, however few sources are left by then."""
+        ends = np.sort(self._sizes / self._rates)
+        drawn = np.array([np.minimum(self._rates * end, self._sizes).sum() for end in ends])
+        bounds = np.interp(np.arange(0, drawn[-1], _BLOCK_DRAWS), [0, *drawn], [0, *ends])
+        return np.append(bounds, np.inf)
 
     def _find_block(self, start: int) -> int:
         """Find the last block that begins at or before a draw."""
-        low, high = 0, self._num_blocks
+        low, high = 0, len(self._bounds) - 1
         while low < high:
             middle = (low + high + 1) // 2
             if int(self._count(middle).sum()) <= start:
@@ -92,26 +96,27 @@ class Interleave:
                 high = middle - 1
         return low
 
-    def _count(self, time: int) -> NDArray[np.int64]:
-        """Count the draws of each source that stand before a time."""
-        whole = np.floor(self._rates * time)
-        shares = np.array(
-            [self._shift(source, np.array([draw]))[0] for source, draw in enumerate(whole.astype(np.int64))]
-        )
-        counts: NDArray[np.int64] = whole.astype(np.int64) + ((whole + shares) / self._rates < time)
-        return np.minimum(self._sizes, counts)
+    def _count(self, block: int) -> NDArray[np.int64]:
+        """Count the draws of each source that stand before a block."""
+        time = self._bounds[block]
+        whole = np.floor(np.minimum(self._rates * time, self._sizes)).astype(np.int64)
+        is_before = (whole + self._shift(whole, self._keys)) / self._rates < time
+        counts: NDArray[np.int64] = np.minimum(self._sizes, whole + is_before)
+        return counts
 
     def _list_block(self, block: int) -> tuple[NDArray[np.int64], Draws]:
         first, last = self._count(block), self._count(block + 1)
-        draws = [np.arange(first[source], last[source], dtype=np.int64) for source in range(len(self._sizes))]
-        times = [(numbers + self._shift(source, numbers)) / self._rates[source] for source, numbers in enumerate(draws)]
-        sources = np.repeat(np.arange(len(draws)), [len(numbers) for numbers in draws])
-        order = np.argsort(np.concatenate(times), kind="stable")
-        return sources[order], np.concatenate(draws)[order]
+        counts = last - first
+        sources = np.repeat(np.arange(len(counts)), counts)
+        draws = np.arange(len(sources)) - np.repeat(np.cumsum(counts) - counts - first, counts)
+        times = (draws + self._shift(draws, self._keys[sources])) / self._rates[sources]
+        order = np.argsort(times, kind="stable")
+        return sources[order], draws[order]
 
-    def _shift(self, source: int, draws: Draws) -> NDArray[np.float64]:
+    @staticmethod
+    def _shift(draws: Draws, keys: NDArray[np.uint64]) -> NDArray[np.float64]:
         # 53 bits: what a double holds.
-        bits = _mix(draws.astype(np.uint64) ^ self._keys[source]) >> np.uint64(11)
+        bits = _mix(draws.astype(np.uint64) ^ keys) >> np.uint64(11)
         return bits.astype(np.float64) * 2.0**-53
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import DatasetIndex, open_index
 from internvl_core.data.index_build import SAMPLE, STATUS
+from internvl_core.data.index_mend import mend_index
 from internvl_core.data.meta import DatasetMeta, load_meta
 from internvl_core.data.records import MAX_LINE_BYTES
 from internvl_core.data.text_encoder import TextEncoder
@@ -86,11 +87,17 @@ class _Linter:
         encoder = self._encoders[job.source] if job.source else None
         return Encoding.from_arguments(job.values, encoder=encoder, tokens_per_tile=tokens_per_tile)
 
+    def _open_index(self, meta: DatasetMeta, encoding: Encoding) -> DatasetIndex:
+        index = open_index(meta, encoding, self._cache_dir)
+        if mend_index(index, encoding.for_dataset(meta)) == index.directory:
+            return index
+        return open_index(meta, encoding, self._cache_dir)
+
     def _lint_dataset(self, meta: DatasetMeta, encoding: Encoding, job: MetaJob) -> DatasetReport:
         known = _list_indexes(self._cache_dir)
         started = time.monotonic()
         try:
-            index = open_index(meta, encoding, self._cache_dir)
+            index = self._open_index(meta, encoding)
         except DataError as error:
             return DatasetReport(meta.name, meta.annotation, error=str(error))
         seconds = time.monotonic() - started

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+import numpy as np
+
 from internvl_core.data.annotation import AnnotationChanged
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import DatasetIndex, Problem
@@ -90,7 +92,11 @@ class MediaCheck:
         count = min(count, total)
         draw = random.Random(self._index.meta.name)  # noqa: S311
         bounds = [total * number // count for number in range(count + 1)]
-        return [self._rows.find(draw.randrange(*bounds[number : number + 2])) for number in range(count)]
+        return self._find([draw.randrange(*bounds[number : number + 2]) for number in range(count)])
+
+    def _find(self, numbers: Sequence[int]) -> list[int]:
+        rows: list[int] = self._rows.find(np.asarray(numbers, np.int64)).tolist()
+        return rows
 
     def _iter_decoded(self, num_processes: int) -> Iterator[list[Problem | None]]:
         # Spawned, because a fork of a process with torch's threads may hang.
@@ -106,7 +112,7 @@ class MediaCheck:
 
     def _iter_batches(self) -> Iterator[list[int]]:
         for start in range(0, len(self._rows), _BATCH_ROWS):
-            yield [self._rows.find(number) for number in range(start, min(start + _BATCH_ROWS, len(self._rows)))]
+            yield self._find(range(start, min(start + _BATCH_ROWS, len(self._rows))))
 
     def _wait(self, rows: Sequence[int], future: Future[list[Problem | None]]) -> list[Problem | None]:
         try:

@@ -25,13 +25,12 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.data.collate import SampleCollator
-from internvl_core.data.dataset import SupervisedDataset, build_dataset
+from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.encoding import Encoding
-from internvl_core.data.meta import load_meta
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.errors import DataError, InternVLError, OutOfMemory, Preempted
+from internvl_core.errors import InternVLError, OutOfMemory, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
@@ -41,6 +40,7 @@ from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.stop_request import StopRequest
 from internvl_core.train.trainer import InternVLTrainer
+from internvl_core.train.training_data import build_training_data, list_data_values
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class StageRun:
             final: CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
-            dataset = self._build_dataset(loaded)
+            dataset = build_training_data(self._arguments, self._encoding(loaded), self._cache_dir)
             ledger = self._open_ledger(dataset, newest)
             trainer = self._train(loaded, dataset, ledger, newest)
             step, counters = trainer.state.global_step, {**_count(trainer), **ledger.counters}
@@ -163,25 +163,11 @@ class StageRun:
         path = self._arguments.model.model_name_or_path
         return resolve_checkpoint(path) if path is not None and is_checkpoint_uri(path) else None
 
-    def _build_dataset(self, loaded: LoadedModel) -> SupervisedDataset:
-        arguments = self._arguments
-        training = arguments.training
-        # A stage of a pipeline finds its indexes ready; else one rank builds them for all.
-        with training.main_process_first(desc="indexing the data"):
-            return build_dataset(
-                load_meta(arguments.data.meta_path),
-                self._encoding(loaded),
-                PixelRules.from_arguments(self._data_values),
-                cache_dir=self._cache_dir,
-                max_seq_length=arguments.data.max_seq_length,
-                seed=training.seed if training.data_seed is None else training.data_seed,
-                by_root_of_size=arguments.data.use_data_resampling,
-            )
-
     def _open_ledger(self, dataset: SupervisedDataset, newest: Committed | None) -> SampleLedger:
         ledger = SampleLedger(
             dataset.dataset_names,
             self._directory,
+            mixture=dataset.mixture.digest,
             rank=self._arguments.training.process_index,
             max_bad_fraction=self._arguments.extension.max_bad_fraction,
         )
@@ -245,18 +231,16 @@ class StageRun:
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
-        encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(self._data_values))
+        encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(list_data_values(self._arguments)))
         scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
         self._seconds["evaluate"] = time.monotonic() - started
         return scores
 
     def _encoding(self, loaded: LoadedModel) -> Encoding:
         encoder = TextEncoder.from_tokenizer(loaded.tokenizer)
-        return Encoding.from_arguments(self._data_values, encoder=encoder, tokens_per_tile=loaded.tokens_per_tile)
-
-    @property
-    def _data_values(self) -> dict[str, Any]:
-        return {**vars(self._arguments.data), **vars(self._arguments.extension)}
+        return Encoding.from_arguments(
+            list_data_values(self._arguments), encoder=encoder, tokens_per_tile=loaded.tokens_per_tile
+        )
 
     def _summarize_curve(self) -> dict[str, float]:
         curve = self._metrics.read()
@@ -310,7 +294,7 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
     # torch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         error = OutOfMemory(f"{error}. Lower per_device_train_batch_size or max_dynamic_patch.")
-    if isinstance(error, DataError):
+    if isinstance(error, InternVLError):
         error = _unwrap_worker_error(error)
     failure = StageFailure.from_exception(error, rank=_rank())
     if attempt_dir is not None:
@@ -324,12 +308,18 @@ def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
     _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
 
 
-def _unwrap_worker_error(error: DataError) -> DataError:
-    """Find the message of a data loader's worker, which torch wraps in the worker's whole traceback."""
-    _, is_wrapped, traceback = str(error).partition("Original Traceback")
-    if not is_wrapped:
+def _unwrap_worker_error(error: InternVLError) -> InternVLError:
+    """Find the message of a data loader's worker, in one line; torch wraps it in the worker's whole traceback."""
+    kind = type(error)
+    head, _, traceback = str(error).partition("\nOriginal Traceback")
+    # The last of them: an error that was raised from another of its kind comes after it.
+    _, _, message = traceback.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    if not head.startswith(f"Caught {kind.__name__} in DataLoader worker process") or not message:
         return error
-    return type(error)(traceback.strip().splitlines()[-1].partition(": ")[2])
+    unwrapped = kind("; ".join(line.strip() for line in message.splitlines() if line.strip()))
+    # So that failure.json keeps where in the worker it was.
+    unwrapped.__cause__ = error
+    return unwrapped
 
 
 def _leave(exit_code: int) -> NoReturn:

@@ -9,8 +9,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from internvl_core.data.mixture import Mixture
 
-# Batches whose samples are sorted together, as many as Hugging Face's own grouping takes.
-_GROUP_BATCHES = 50
+# As Hugging Face's own grouping: so many batches are sorted together, but never more than a quarter of the epoch.
+_MAX_GROUP_BATCHES = 50
 
 
 class EpochSampler(Sampler[int]):
@@ -45,7 +45,9 @@ class EpochSampler(Sampler[int]):
     def _group(self, order: Iterator[int]) -> Iterator[int]:
         """Sort stretches of the order, so that no more of it is held than a stretch."""
         generator = torch.Generator().manual_seed(self._mixture.seed + self._epoch)
-        while stretch := list(itertools.islice(order, _GROUP_BATCHES * self._batch_size)):
-            lengths = [self._mixture.count_tokens(number) for number in stretch]
-            for position in get_length_grouped_indices(lengths, self._batch_size, generator=generator):
-                yield stretch[position]
+        num_batches = max(1, min(_MAX_GROUP_BATCHES, len(self) // (4 * self._batch_size)))
+        while stretch := list(itertools.islice(order, num_batches * self._batch_size)):
+            positions = get_length_grouped_indices(
+                self._mixture.count_tokens(stretch), self._batch_size, mega_batch_mult=num_batches, generator=generator
+            )
+            yield from (stretch[position] for position in positions)

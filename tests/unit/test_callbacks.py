@@ -59,7 +59,7 @@ def log(callback: MetricsCallback, state: TrainerState, **logs: float) -> None:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> SampleLedger:
-    return SampleLedger(["pets"], tmp_path, rank=0, max_bad_fraction=0)
+    return SampleLedger(["pets"], tmp_path, mixture="digest", rank=0, max_bad_fraction=0)
 
 
 def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(metrics: MetricsFile, ledger: SampleLedger) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from data_sets import build_encoding, record, write_meta, write_records
 
-from internvl_core.data import index_build
+from internvl_core.data import annotation, index_build
 from internvl_core.data.annotation import AnnotationChanged
 from internvl_core.data.index import DatasetIndex, open_index
 from internvl_core.data.index_build import BLANK, STATUS
+from internvl_core.data.index_mend import mend_index
 from internvl_core.data.meta import load_meta
+from internvl_core.data.mixture import Mixture
 from internvl_core.data.tiling import Tiling
 from internvl_core.errors import DataError, InternVLError, Reason
 
@@ -69,11 +72,11 @@ def test_an_index_is_built_once_for_a_content_and_an_encoding(tmp_path: Path) ->
 def test_an_edited_annotation_is_indexed_anew(tmp_path: Path) -> None:
     path = write_meta(tmp_path, {"pets": [record(answer="cat")]})
     before = open_one(path)
-    annotation = tmp_path / "pets.jsonl"
-    status = annotation.stat()
+    edited = tmp_path / "pets.jsonl"
+    status = edited.stat()
     # The same size and the same time of modification: only the time of change tells.
-    annotation.write_text(annotation.read_text().replace("cat", "dog"))
-    os.utime(annotation, ns=(status.st_atime_ns, status.st_mtime_ns))
+    edited.write_text(edited.read_text().replace("cat", "dog"))
+    os.utime(edited, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert open_one(path).directory != before.directory
 
 
@@ -81,11 +84,11 @@ def test_an_annotation_edited_under_a_running_stage_is_noticed(tmp_path: Path) -
     path = write_meta(tmp_path, {"pets": [record(answer="cat")] * 2})
     index = open_one(path)
     line = index.read_line(1)
-    annotation = tmp_path / "pets.jsonl"
+    edited = tmp_path / "pets.jsonl"
     # A touch is no edit.
-    annotation.touch()
+    edited.touch()
     assert index.read_line(1) == line
-    annotation.write_text(annotation.read_text().replace("cat", "dog"))
+    edited.write_text(edited.read_text().replace("cat", "dog"))
     with pytest.raises(AnnotationChanged, match=r"pets\.jsonl: was edited after it was indexed"):
         index.read_line(1)
 
@@ -139,12 +142,78 @@ def test_what_a_killed_builder_left_is_neither_used_nor_in_the_way(tmp_path: Pat
     assert not left.exists()
 
 
-def test_a_damaged_index_is_refused_by_name(tmp_path: Path) -> None:
-    path = write_meta(tmp_path, {"pets": [record()]})
-    directory = open_one(path).directory
-    np.save(directory / "tokens.npy", np.zeros(7, np.int32))
-    with pytest.raises(InternVLError, match=r"tokens is damaged\. Remove the folder"):
+@pytest.mark.parametrize("name", ["tokens.npy", "status.npy", "index.json"])
+def test_an_index_that_was_cut_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = write_meta(tmp_path, {"pets": [record()] * 500})
+    file = open_one(path).directory / name
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InternVLError, match=r"\.0: is damaged: .*Remove the folder"):
         open_one(path)
+
+
+def test_a_column_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, {"pets": [record()]})
+    np.save(open_one(path).directory / "tokens.npy", np.zeros(7, np.int32))
+    with pytest.raises(InternVLError, match="tokens has another shape"):
+        _ = open_one(path).tokens
+
+
+def test_an_open_index_costs_few_file_descriptors(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, {f"pets{number}": [record()] * 2 for number in range(20)})
+    before = len(list(Path("/dev/fd").iterdir()))
+    indexes = [open_index(meta, build_encoding(), tmp_path / "cache") for meta in load_meta(path)]
+    Mixture(indexes, seed=0, max_tokens=500)
+    for index in indexes:
+        index.read_line(0)
+    # status, tokens, offsets and the annotation itself.
+    assert len(list(Path("/dev/fd").iterdir())) - before <= 4 * len(indexes)
+
+
+def test_a_medium_that_has_come_since_is_seen_by_a_second_look(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, {"pets": [record(), record("new.png"), record("never.png"), "broken"]})
+    before = open_one(path)
+    assert before.problem_counts == {Reason.MISSING: 2, Reason.NOT_JSON: 1}
+    assert mend_index(before, build_encoding()) == before.directory
+    shutil.copy(tmp_path / "1.png", tmp_path / "new.png")
+    mended = mend_index(before, build_encoding())
+    index = open_one(path)
+    assert index.directory == mended != before.directory
+    assert index.problem_counts == {Reason.MISSING: 1, Reason.NOT_JSON: 1}
+    assert [problem.line for problem in index.iter_problems()] == [3, 4]
+    assert index.tiles.tolist() == [0, 7, 0, 0]
+    assert index.kind_counts == {"image": 1, "text": 1}
+    # A stage that runs keeps what it has.
+    assert before.tiles.tolist() == [0, 0, 0, 0]
+    tokens = index.tokens.tolist()
+    shutil.rmtree(tmp_path / "cache")
+    assert open_one(path).tokens.tolist() == tokens
+
+
+def test_an_annotation_that_is_being_written_is_not_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_meta(tmp_path, {"pets": [record()] * 3})
+
+    def hash_slowly(file: Path) -> str:
+        with file.open("a") as more:
+            more.write(json.dumps(record()) + "\n")
+        return "digest"
+
+    monkeypatch.setattr(annotation, "hash_file", hash_slowly)
+    with pytest.raises(DataError, match=r"pets\.jsonl: is being written to\. Run again"):
+        open_one(path)
+    assert not (tmp_path / "cache" / "index").exists()
+
+
+def die(part: object) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_told_with_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_build, "_MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(index_build, "_build_in_worker", die)
+    path = write_meta(tmp_path, {"pets": [record()] * 3})
+    with pytest.raises(DataError, match=r"pets\.jsonl:1: a process that measured the lines from here on died"):
+        open_one(path, num_processes=2)
+    assert list_built(tmp_path) == []
 
 
 def test_an_index_travels_to_a_worker_without_its_columns(tmp_path: Path) -> None:
@@ -192,8 +261,8 @@ def test_a_line_of_hundreds_of_megabytes_is_left_out_unread(tmp_path: Path) -> N
 
 def test_a_last_line_that_breaks_off_is_said_to_be_cut(tmp_path: Path) -> None:
     path = write_meta(tmp_path, {"pets": [record(), "{}"]})
-    annotation = tmp_path / "pets.jsonl"
-    annotation.write_bytes(annotation.read_bytes()[:-2])
+    edited = tmp_path / "pets.jsonl"
+    edited.write_bytes(edited.read_bytes()[:-2])
     (problem,) = open_one(path).iter_problems()
     assert "the file may have been cut off" in problem.message
 

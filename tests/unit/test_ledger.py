@@ -12,8 +12,8 @@ def bad(dataset: str, line: int) -> BadSample:
     return BadSample(dataset, line, Reason.MEDIA, f"{dataset}.jsonl:{line}: broken")
 
 
-def open_ledger(folder: Path, *, max_bad_fraction: float = 0.01) -> SampleLedger:
-    return SampleLedger(["a:b", "c"], folder, rank=1, max_bad_fraction=max_bad_fraction)
+def open_ledger(folder: Path, *, max_bad_fraction: float = 0.01, mixture: str = "digest") -> SampleLedger:
+    return SampleLedger(["a:b", "c"], folder, mixture=mixture, rank=1, max_bad_fraction=max_bad_fraction)
 
 
 def test_drawn_and_bad_samples_are_counted_by_data_set(tmp_path: Path) -> None:
@@ -69,3 +69,11 @@ def test_a_resumed_stage_goes_on_counting(tmp_path: Path) -> None:
     resumed.load(tmp_path)
     resumed.add([1, 0, 0, 0])
     assert resumed.counters == {**ledger.counters, "samples": 10, "samples/a:b": 5}
+
+
+def test_a_stage_that_resumes_with_other_data_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_ledger(tmp_path).save(tmp_path)
+    open_ledger(tmp_path).load(tmp_path)
+    assert not caplog.records
+    open_ledger(tmp_path, mixture="other").load(tmp_path)
+    assert "The data are not those of the checkpoint" in caplog.text

@@ -85,3 +85,12 @@ def test_orders_of_different_keys_differ() -> None:
     one, other = (list_order(Interleave([500, 500], [1, 1], key)) for key in ("0/0", "0/1"))
     assert one != other
     assert sum(a == b for a, b in itertools.zip_longest(one, other)) < 900
+
+
+def test_a_source_that_is_left_over_is_drawn_as_fast_as_the_others() -> None:
+    # In blocks of equal time it would have one draw in thousands of blocks.
+    interleave = Interleave([50_000] * 200, [1.0] * 199 + [0.001], "key")
+    blocks = [len(sources) for sources, _ in interleave.iter_blocks()]
+    assert sum(blocks) == 200 * 50_000
+    assert min(blocks[:-1]) > 3000
+    assert max(blocks) < 6000

@@ -37,7 +37,7 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else(mixture: Mixture, 
 
 def test_samples_of_like_length_share_a_batch(mixture: Mixture) -> None:
     def spread(order: list[int]) -> int:
-        lengths = [mixture.count_tokens(number) for number in order]
+        lengths = mixture.count_tokens(order)
         batches = [lengths[start : start + 4] for start in range(0, 100, 4)]
         return sum(max(batch) - min(batch) for batch in batches)
 
