@@ -1,19 +1,19 @@
 """Images: strictly decoded to RGB, or refused.
 
-A file either decodes completely or raises `MediaError`; half an image is never trained on, and
-what Pillow only warns about counts as damage. The same limits hold whether an image is decoded or
-only its header is read, so what the index lets in is what the workers can read. Knows no torch.
+A file either decodes completely or raises `MediaError`; half an image is never trained on. What is
+wrong with its metadata alone is passed over. The same limits hold whether an image is decoded or
+only its header is read, so what the index lets in is what the workers can read. A disk that fails
+on the way says nothing about the image, and is told as `StoreUnavailable`. Knows no torch.
 """
 
 import io
 import warnings
-import zlib
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from internvl_core.data.media_root import MAX_FILE_BYTES
+from internvl_core.data.image_file import ImageFile, check_png, check_scans, check_size, read_whole
 from internvl_core.data.tiling import Tiling
 from internvl_core.errors import ArgumentError, InternVLError, MediaError, Reason
 
@@ -37,20 +37,23 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Pillow loads half of its decoders on first use, and `open` with a list of formats does not wait for that.
 Image.init()
 
-# Pillow warns where it fills in what a file does not say. Set once for the process: `catch_warnings`
-# is not for threads, and headers are read in several.
-warnings.filterwarnings("error", module=r"PIL\.")
-# Cameras store a second picture behind the first, and editors drop it: the first one is whole.
-warnings.filterwarnings("ignore", message="Image appears to be a malformed MPO file", module=r"PIL\.")
+# Of the formats above, Pillow warns about metadata alone, and errs on damage to the pixels. For the process, because
+# `catch_warnings` is not for threads, and headers are read in several.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+_NO_PILLOW_WARNINGS = warnings.filters[0]
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNK_FRAME_BYTES = 12  # Length, kind and checksum.
-_JPEG_SCAN = b"\xff\xda"
-# An encoder makes about ten. Each goes over all pixels (0.07 s for 89 megapixels), and may have no more than 100 bytes.
-_MAX_JPEG_SCANS = 100
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _EIGHT_OF_SIXTEEN_BITS = (np.arange(1 << 16) / 257).round().astype(np.uint8)
 _EXIF_ORIENTATION = 0x0112
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIDEWAYS = (5, 6, 7, 8)
 _DRAFT_SCALES = (8, 4, 2)
 
@@ -66,19 +69,19 @@ def load_image(source: BinaryIO | bytes, name: str, *, draft_for: Tiling | None 
     Raises:
         MediaError: cannot be decoded to its last byte, is too large, too small, too long, or of a format
             outside the allow-list.
+        StoreUnavailable: the file cannot be read; says nothing about the image.
     """
     try:
-        content = source if isinstance(source, bytes) else _read_whole(source)
+        content = source if isinstance(source, bytes) else read_whole(source, name)
         with _open_image(io.BytesIO(content)) as image:
             if image.format == "PNG":
-                _check_png(content)
+                check_png(content)
             if image.format in ("JPEG", "MPO"):
-                _check_scans(content)
+                check_scans(content)
             if draft_for is not None and image.format == "JPEG":
                 _draft(image, draft_for)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            image = _to_rgb(image)
+            image = _to_rgb(_turn_upright(image))
             # Comments and profiles of the file would be written into every JPEG made of the image.
             image.info = {}
             return image
@@ -94,11 +97,15 @@ def read_image_size(source: BinaryIO | bytes, name: str) -> tuple[int, int]:
 
     Raises:
         MediaError: no header of an allowed format, or a size that `load_image` would refuse.
+        StoreUnavailable: the file cannot be read; says nothing about the image.
     """
     try:
-        if not isinstance(source, bytes):
-            _check_size(source)
-        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if isinstance(source, bytes):
+            file: BinaryIO = io.BytesIO(source)
+        else:
+            check_size(source, name)
+            file = io.BufferedReader(ImageFile(source, name))
+        with _open_image(file) as image:
             return _find_upright_size(image)
     except Exception as error:  # noqa: BLE001
         raise _tell_damage(name, error) from None
@@ -130,20 +137,10 @@ def get_normalization(normalize_type: str) -> tuple[tuple[float, float, float], 
     return NORMALIZATIONS[normalize_type]
 
 
-def _read_whole(file: BinaryIO) -> bytes:
-    _check_size(file)
-    return file.read()
-
-
-def _check_size(file: BinaryIO) -> None:
-    """Refuse a huge file before any of it is read: a decoder may want all of it."""
-    size_bytes = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if size_bytes > MAX_FILE_BYTES:
-        raise _absurd(f"{size_bytes} bytes are more than {MAX_FILE_BYTES >> 20} MiB.")
-
-
 def _open_image(file: BinaryIO) -> Image.Image:
+    if not warnings.filters or warnings.filters[0] != _NO_PILLOW_WARNINGS:
+        # Somebody set filters after us. Whether an image is good must not hang on `python -W error`.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     image = Image.open(file, formats=_FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -152,6 +149,8 @@ def _open_image(file: BinaryIO) -> Image.Image:
         raise _absurd(f"{width} x {height} px; each side must have at least {MIN_SIDE_PX}.")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise _absurd(f"{width} x {height} px; one side may be at most {MAX_ASPECT_RATIO} times the other.")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.next == image.tag_v2.offset:
+        raise MediaError("cannot be decoded: the file ends before its directory does.")
     return image
 
 
@@ -164,7 +163,7 @@ def _tell_damage(name: str, error: Exception) -> InternVLError:
         return MediaError(f"{name}: {error}", reason=error.reason)
     if isinstance(error, InternVLError):  # The store failed, not the image.
         return error
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError):
         return MediaError(f"{name}: more than {MAX_PIXELS / 1e6:.1f} megapixels.", reason=Reason.MEDIA_SIZE)
     if isinstance(error, UnidentifiedImageError):
         return MediaError(f"{name}: cannot be decoded: begins like none of {', '.join(_FORMATS)}.")
@@ -172,36 +171,26 @@ def _tell_damage(name: str, error: Exception) -> InternVLError:
     return MediaError(f"{name}: cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _check_png(content: bytes) -> None:
-    """Compare the checksum of each chunk; Pillow skips those of the pixels and decodes whatever it finds."""
-    view = memoryview(content)
-    position = len(_PNG_SIGNATURE)
-    kind = b""
-    while kind != b"IEND":
-        if position + _PNG_CHUNK_FRAME_BYTES > len(content):
-            raise MediaError("cannot be decoded: the file ends before the image does.")
-        length = int.from_bytes(content[position : position + 4])
-        end = position + 8 + length
-        kind = content[position + 4 : position + 8]
-        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(content[end : end + 4]):
-            raise MediaError(f"cannot be decoded: wrong checksum at byte {end}, of chunk {kind!r}.")
-        position = end + 4
-
-
-def _check_scans(content: bytes) -> None:
-    """Refuse a JPEG that would be decoded for hours; within its pixels the mark of a scan cannot occur."""
-    num_scans = content.count(_JPEG_SCAN)
-    if num_scans > _MAX_JPEG_SCANS:
-        raise _absurd(f"{num_scans} scans; at most {_MAX_JPEG_SCANS} are decoded.")
-
-
 def _find_upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
+    return (height, width) if _find_orientation(image) in _SIDEWAYS else (width, height)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    method = _TO_UPRIGHT.get(_find_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _find_orientation(image: Image.Image) -> int:
+    """Find how an image lies by its EXIF: 1 to 8, and 1, upright, where that cannot be told."""
     if image.format == "TIFF":  # Pillow has turned it already.
-        return width, height
-    # The method of the base class: PNG's own one decodes the pixels to look behind them.
-    orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
-    return (height, width) if orientation in _SIDEWAYS else (width, height)
+        return 1
+    try:
+        # The method of the base class: PNG's own one decodes the pixels to look behind them.
+        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+        return orientation if orientation in _TO_UPRIGHT else 1
+    except Exception:  # noqa: BLE001 (damaged, it is reported by whatever Pillow stumbles over; the pixels are whole)
+        return 1
 
 
 def _draft(image: Image.Image, tiling: Tiling) -> None:

@@ -2,14 +2,13 @@
 
 A record names its media relative to the root, and nothing outside the root is ever opened: not by
 `..`, not by an absolute path, not by a link. Names are taken literally; nothing in them is decoded.
-A file that is missing or not to be had is the record's fault (`MediaError`, quarantined); a store
-that does not answer is not (`StoreUnavailable`, retried).
+A file that is missing or not to be had is the record's fault (`MediaError`, quarantined); a disk that
+fails and a store that does not answer or lets nobody in are not (`StoreUnavailable`, retried).
 
 A root is cheap to make, picklable, and may be used in forked workers and by several threads.
 """
 
 import errno
-import io
 import os
 import posixpath
 import re
@@ -17,10 +16,9 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from internvl_core.checkpoint.faults import translated
-from internvl_core.checkpoint.remote_backend import open_filesystem
 from internvl_core.checkpoint.uri import FILE_PREFIX, is_checkpoint_uri, normalize_uri
 from internvl_core.errors import ArgumentError, DataError, MediaError, Reason
 
@@ -28,6 +26,9 @@ MAX_FILE_BYTES = 256 << 20
 """Largest medium that is read whole; a photo of 90 megapixels without compression has 256 MiB."""
 MAX_FOLDER_FILES = 100_000
 """Most frames in a folder: an hour at 25 frames a second."""
+
+BLOCK_BYTES = 1 << 20
+"""How much of a remote file is read ahead."""
 
 NO_LETTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, the two that break lines, and halves of surrogate pairs: in no path that people can read."""
@@ -39,11 +40,9 @@ _MAX_NAME_BYTES = 4096
 _MAX_PART_BYTES = 255
 _DIGITS = re.compile(r"([0-9]+)")
 
-# The answers that say something about this one file; any other error is about the disk or the store.
+# The answers of a disk that say something about this one file; any other error is about the disk.
 _REFUSALS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _REFUSAL_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG)
-
-_BLOCK_BYTES = 1 << 20
 
 
 def open_root(root: str) -> "MediaRoot":
@@ -64,7 +63,10 @@ def open_root(root: str) -> "MediaRoot":
             f"root {uri}: media are read from local folders and from {', '.join(_REMOTE_PROTOCOLS)}; what a name leads "
             f"to on {protocol}:// cannot be checked. Copy or mount the files."
         )
-    return _RemoteRoot(uri)
+    # Here, because a remote root is a MediaRoot itself.
+    from internvl_core.data.media_remote import RemoteRoot
+
+    return RemoteRoot(uri)
 
 
 def check_name(name: str) -> None:
@@ -120,7 +122,7 @@ class MediaRoot(ABC):
         """
 
     @abstractmethod
-    def open(self, name: str, *, block_bytes: int = _BLOCK_BYTES) -> BinaryIO:
+    def open(self, name: str, *, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
         """Open a file for reading and seeking; the caller closes it.
 
         Args:
@@ -128,6 +130,7 @@ class MediaRoot(ABC):
 
         Raises:
             MediaError: missing, no regular file, or outside the root.
+            StoreUnavailable: the disk or the store fails.
         """
 
     @abstractmethod
@@ -139,6 +142,7 @@ class MediaRoot(ABC):
 
         Raises:
             MediaError: no such folder, or too many files in it.
+            StoreUnavailable: the disk or the store fails.
         """
 
     def _sort(self, folder: str, names: list[str]) -> list[str]:
@@ -160,15 +164,15 @@ class _LocalRoot(MediaRoot):
         return os.path.isdir(self.uri)  # noqa: PTH112
 
     def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        with self.open(name) as file, _asking(f"{self.uri}/{name}"):
+        with self.open(name) as file, asking(f"{self.uri}/{name}"):
             if os.fstat(file.fileno()).st_size > max_bytes:
                 raise self._refuse_size(name, max_bytes)
             return file.read()
 
-    def open(self, name: str, *, block_bytes: int = _BLOCK_BYTES) -> BinaryIO:
+    def open(self, name: str, *, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
         where = f"{self.uri}/{name}"
         path = self._resolve(name)
-        with _asking(where), ExitStack() as stack:
+        with asking(where), ExitStack() as stack:
             # Looked at before it is opened: to open a device can already do something.
             _check_regular(where, os.stat(path, follow_symlinks=False))
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -180,14 +184,14 @@ class _LocalRoot(MediaRoot):
 
     def list_files(self, name: str) -> list[str]:
         path = self._resolve(name)
-        with _asking(f"{self.uri}/{name}"), os.scandir(path) as entries:
+        with asking(f"{self.uri}/{name}"), os.scandir(path) as entries:
             names = [entry.name for entry in entries if not entry.is_dir()]
         return self._sort(name, names)
 
     def _resolve(self, name: str) -> str:
         check_name(name)
         where = f"{self.uri}/{name}"
-        with _asking(where):
+        with asking(where):
             root = os.path.realpath(self.uri, strict=True)
             path = os.path.realpath(f"{root}/{name}", strict=True)
         if not path.startswith(f"{root.rstrip('/')}/") and path != root:
@@ -195,107 +199,28 @@ class _LocalRoot(MediaRoot):
         return path
 
 
-class _RemoteRoot(MediaRoot):
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self._opened: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
-
-    @property
-    def _filesystem(self) -> Any:
-        # Its event loop and its sockets do not survive a fork: each process opens its own.
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), open_filesystem(self.uri))
-        return self._opened[1]
-
-    def exists(self) -> bool:
-        with translated(f"Looking up {self.uri}"):
-            return bool(self._filesystem.exists(self._filesystem._strip_protocol(self.uri)))
-
-    def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        path = self._find_path(name)
-        with _asking(f"{self.uri}/{name}"):
-            try:
-                # A byte more than allowed, in one request: neither a look at the size first, nor all of a huge object.
-                body = bytes(self._filesystem.cat_file(path, start=0, end=max_bytes + 1))
-            except _REFUSALS:
-                raise
-            except OSError:
-                info = self._filesystem.info(path)
-                if info["type"] != "file" or info["size"] != 0:
-                    raise
-                body = b""  # S3 has no first byte of an empty object to give.
-        if len(body) > max_bytes:
-            raise self._refuse_size(name, max_bytes)
-        return body
-
-    def open(self, name: str, *, block_bytes: int = _BLOCK_BYTES) -> BinaryIO:
-        if self.uri.startswith("memory://"):
-            return io.BytesIO(self.read(name))  # fsspec would hand out the one file that all readers share.
-        path, where = self._find_path(name), f"{self.uri}/{name}"
-        with _asking(where):
-            file = self._filesystem.open(path, "rb", block_size=block_bytes, cache_type="readahead")
-            if file.details["type"] != "file":
-                raise IsADirectoryError(errno.EISDIR, "a folder")
-        return io.BufferedReader(_RemoteFile(where, file))
-
-    def list_files(self, name: str) -> list[str]:
-        path, where = self._find_path(name), f"{self.uri}/{name}"
-        with _asking(where):
-            found = self._filesystem.ls(path, detail=True)
-        # A store may hold an empty object that stands for the folder, and lists a file as the only one in itself.
-        paths = [info["name"].rstrip("/") for info in found if info["type"] == "file"]
-        names = [found_path.removeprefix(f"{path}/") for found_path in paths if found_path.startswith(f"{path}/")]
-        if paths and not names:
-            raise MediaError(f"{where}: not a folder.", reason=Reason.MISSING)
-        return self._sort(name, names)
-
-    def _find_path(self, name: str) -> str:
-        check_name(name)
-        return str(self._filesystem._strip_protocol(f"{self.uri}/{posixpath.normpath(name)}"))
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of an fsspec filesystem whose errors are ours, so that an outage is not taken for a broken file."""
-
-    def __init__(self, where: str, file: Any) -> None:
-        self._where = where
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with translated(f"Reading {self._where}"):
-            return int(self._file.readinto(buffer))
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 @contextmanager
-def _asking(where: str) -> Iterator[None]:
-    """Tell apart what is wrong with one file from what is wrong with the disk or the store."""
+def asking(where: str, *, refusals: tuple[type[OSError], ...] = _REFUSALS) -> Iterator[None]:
+    """Tell apart what is wrong with one file from what is wrong with the disk or the store.
+
+    Args:
+        where: what a message calls the file.
+        refusals: the errors that say something about this file alone.
+
+    Raises:
+        MediaError: the file is not to be had, or is called what cannot be asked for.
+        StoreUnavailable: the disk or the store fails.
+    """
     with translated(f"Reading {where}"):
         try:
             yield
         except OSError as error:
-            if not isinstance(error, _REFUSALS) and error.errno not in _REFUSAL_NUMBERS:
+            if not isinstance(error, refusals) and error.errno not in _REFUSAL_NUMBERS:
                 raise
             cause = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
             raise MediaError(f"{where}: {cause}.", reason=Reason.MISSING) from None
+        except ValueError as error:  # Of this name or this file; a store that is no store fails in `exists`.
+            raise MediaError(f"{where}: cannot be read: {' '.join(str(error).split())}.") from None
 
 
 def _check_regular(where: str, status: os.stat_result) -> None:

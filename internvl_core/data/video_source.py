@@ -1,4 +1,7 @@
-"""An open video file: found to be one, within limits, and read under a deadline.
+"""An open video file: found to be one, and read within limits.
+
+Whether a video is good hangs on what can be counted, its bytes, pictures and pixels, and never on how
+busy the machine is: what takes too long by the clock is tried again.
 
 libav is made to believe as little as can be: only the usual containers, none that opens other
 files, and no picture that a decoder had to mend. PyAV is imported when a file is opened; it
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from internvl_core.errors import MediaError, Reason, StoreUnavailable
+from internvl_core.errors import InternVLError, MediaError, Reason, StoreUnavailable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -24,8 +27,18 @@ MAX_FILE_BYTES = 16 << 30
 MAX_FRAME_PIXELS = 7680 * 4320
 """Width times height; 8K."""
 MAX_DURATION_S = 24 * 3600
-TIME_LIMIT_S = 120.0
-"""For all that is done with a file from opening to closing it."""
+
+# For all that is done with a file from opening to closing it.
+MAX_READS = 8
+"""How often its bytes may be read, beside `MAX_EXTRA_BYTES`; two looks at the end and two runs through are usual."""
+MAX_EXTRA_BYTES = 1 << 30
+"""For jumps: libav reads some ten blocks of 32 KiB for each, however small the file."""
+MAX_DECODED_FRAMES = 200_000
+"""Two hours at 25 a second: a file that cannot be jumped in is decoded from its beginning."""
+MAX_DECODED_PIXELS = 100_000_000_000
+"""32 frames of 4K with keyframes 10 s apart are 80 billion; on one core of 2020 three minutes or so."""
+TIME_LIMIT_S = 600.0
+"""The last resort, against a store that trickles."""
 
 # Playlists and image sequences are not among them: those would open other files.
 _CONTAINERS = (
@@ -53,9 +66,8 @@ def open_video(file: BinaryIO, name: str) -> "Iterator[VideoSource]":
         name: what messages call it.
 
     Raises:
-        MediaError: no video, damaged, beyond a limit of this module, or not read in time; from
-            within the `with` block too.
-        StoreUnavailable: the disk or the store failed while it was read.
+        MediaError: no video, damaged, or beyond a limit of this module; from within the `with` block too.
+        StoreUnavailable: the disk or the store failed while it was read, or it was not read in time.
     """
     import av
 
@@ -85,6 +97,8 @@ class VideoSource:
     def __init__(self, file: "_GuardedFile", name: str) -> None:
         self._file = file
         self._name = name
+        self._num_decoded_frames = 0
+        self._num_decoded_pixels = 0
         self._open()
 
     @property
@@ -113,12 +127,22 @@ class VideoSource:
         self._open()
 
     def check_time(self) -> None:
-        """Check between two pictures that there is time for another.
+        """Count a picture that was decoded, and check that there may be another.
 
         Raises:
-            MediaError: there is none.
+            MediaError: too many were decoded for the few that are wanted.
+            StoreUnavailable: the time is up.
         """
-        self._file.check()
+        self._num_decoded_frames += 1
+        self._num_decoded_pixels += math.prod(self.size)
+        if self._num_decoded_frames > MAX_DECODED_FRAMES or self._num_decoded_pixels > MAX_DECODED_PIXELS:
+            self.refuse(
+                f"{self._num_decoded_frames} pictures of {self.size[0]} x {self.size[1]} px were decoded for those "
+                f"wanted; at most {MAX_DECODED_FRAMES}, or {MAX_DECODED_PIXELS / 1e9:g} billion px, are. "
+                "Cut it, lower its resolution, or give it more keyframes",
+                Reason.MEDIA_SIZE,
+            )
+        self._file.check_time()
 
     def to_seconds(self, stamp: int) -> float:
         return float(stamp * self._time_base)
@@ -159,7 +183,7 @@ class VideoSource:
 
 
 class _GuardedFile:
-    """What libav reads through: ends when the time is up, and keeps what the file itself complains of.
+    """What libav reads through: ends where a limit is reached, and keeps what the file itself complains of.
 
     Nothing is raised within a callback, where libav may pass over it; `check` raises it afterwards.
     """
@@ -168,7 +192,8 @@ class _GuardedFile:
         self._file = file
         self._name = name
         self._deadline = time.monotonic() + TIME_LIMIT_S
-        self._error: StoreUnavailable | None = None
+        self._error: InternVLError | None = None
+        self._num_read_bytes = 0
         self.size_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
         if self.size_bytes > MAX_FILE_BYTES:
@@ -180,26 +205,38 @@ class _GuardedFile:
         """Raise what stopped the reading.
 
         Raises:
-            MediaError: the time is up.
-            StoreUnavailable: the disk or the store failed.
+            MediaError: too much was read.
+            StoreUnavailable: the disk or the store failed, or the time is up.
         """
         if self._error is not None:
             raise self._error
-        if self._is_late:
-            raise MediaError(
-                f"{self._name}: not read within {TIME_LIMIT_S:g} s. Cut it or lower its resolution.",
-                reason=Reason.MEDIA_SIZE,
+
+    def check_time(self) -> None:
+        """Raise what stopped the reading, or should now."""
+        if self._error is None and time.monotonic() > self._deadline:
+            self._error = StoreUnavailable(
+                f"{self._name}: not read within {TIME_LIMIT_S:g} s. The store or the machine is too busy: lower "
+                "dataloader_num_workers, or bring the files nearer."
             )
+        self.check()
 
     def read(self, size: int) -> bytes:
-        if self._error is not None or self._is_late:
-            return b""
         try:
-            return self._file.read(size)
-        except StoreUnavailable as error:
+            self.check_time()
+            body = self._file.read(size)
+            self._num_read_bytes += len(body)
+            if self._num_read_bytes > MAX_READS * self.size_bytes + MAX_EXTRA_BYTES:
+                raise MediaError(
+                    f"{self._name}: {self._num_read_bytes} bytes were read of a file of {self.size_bytes}. "
+                    "Its index is damaged, or missing: write it anew.",
+                    reason=Reason.MEDIA_SIZE,
+                )
+        except InternVLError as error:
             self._error = error
-        except OSError as error:
-            self._error = StoreUnavailable(f"Reading {self._name}: {error}.")
+        except (MemoryError, OSError) as error:
+            self._error = StoreUnavailable(f"Reading {self._name}: {type(error).__name__}: {error}.")
+        else:
+            return body
         return b""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -219,7 +256,3 @@ class _GuardedFile:
 
     def tell(self) -> int:
         return self._file.tell()
-
-    @property
-    def _is_late(self) -> bool:
-        return time.monotonic() > self._deadline

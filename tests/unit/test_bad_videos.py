@@ -151,13 +151,16 @@ def test_large_pictures_are_refused_before_they_are_decoded(
     assert caught.value.reason == Reason.MEDIA_SIZE
 
 
-def test_reading_stops_when_the_time_is_up(tmp_path: Path, root: MediaRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_takes_too_long_is_tried_again(
+    tmp_path: Path, root: MediaRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "v").write_bytes(make_video())
     info = probe_video(root, "v")
     monkeypatch.setattr(video_source, "TIME_LIMIT_S", -1.0)
-    with pytest.raises(MediaError, match="not read within") as caught:
+    with pytest.raises(StoreUnavailable, match=r"^v: not read within"):
         list(iter_frames(root, "v", info, every(40), count=40, key=""))
-    assert caught.value.reason == Reason.MEDIA_SIZE
+    with pytest.raises(StoreUnavailable, match=r"^v: not read within"):
+        probe_video(root, "v")
 
 
 def test_reading_stops_between_two_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,18 +172,56 @@ def test_reading_stops_between_two_pictures(monkeypatch: pytest.MonkeyPatch) -> 
                 shown.append(image)
                 monkeypatch.setattr(source._file, "_deadline", 0.0)
 
-    with pytest.raises(MediaError, match="not read within"):
+    with pytest.raises(StoreUnavailable, match="not read within"):
         read()
     assert len(shown) == 1
 
 
-class FailingFile(io.BytesIO):
-    def read(self, size: int | None = -1, /) -> bytes:
-        raise OSError(5, "Input/output error")
+def test_a_video_that_was_read_when_the_time_ran_out_is_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_video(io.BytesIO(make_video()), "v") as source:
+        num_pictures = len(list(VideoReader(source).iter_all()))
+        monkeypatch.setattr(source._file, "_deadline", 0.0)
+    assert num_pictures == 40
 
 
-def test_a_disk_that_fails_is_not_a_broken_video() -> None:
-    with pytest.raises(StoreUnavailable, match=r"Reading v: .*Input/output error"), open_video(FailingFile(b"x"), "v"):
+@pytest.mark.parametrize(
+    ("limit", "most", "message"),
+    [
+        ("MAX_DECODED_FRAMES", 39, "40 pictures of 32 x 32 px were decoded"),
+        ("MAX_DECODED_PIXELS", 39 * 32 * 32, "40 pictures of 32 x 32 px were decoded"),
+    ],
+)
+def test_what_is_decoded_for_a_video_is_limited(
+    limit: str, most: int, message: str, tmp_path: Path, root: MediaRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v").write_bytes(make_video())
+    assert len(load_numbers(root, "v", every(40))) == 40
+    monkeypatch.setattr(video_source, limit, most + (1 if limit.endswith("FRAMES") else 32 * 32))
+    assert len(load_numbers(root, "v", every(40))) == 40
+    monkeypatch.setattr(video_source, limit, most)
+    with pytest.raises(MediaError, match=rf"^v: {message}") as caught:
+        load_numbers(root, "v", every(40))
+    assert caught.value.reason == Reason.MEDIA_SIZE
+
+
+def test_what_is_read_of_a_video_is_limited(tmp_path: Path, root: MediaRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v").write_bytes(make_noise("matroska", "libx264", num_frames=40))
+    monkeypatch.setattr(video_source, "MAX_EXTRA_BYTES", 0)
+    monkeypatch.setattr(video_source, "MAX_READS", 4)
+    assert len(load_numbers(root, "v", every(4))) == 4
+    monkeypatch.setattr(video_source, "MAX_READS", 0.5)
+    with pytest.raises(MediaError, match=r"^v: .* bytes were read of a file of ") as caught:
+        load_numbers(root, "v", every(4))
+    assert caught.value.reason == Reason.MEDIA_SIZE
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("none left")])
+def test_a_disk_that_fails_is_not_a_broken_video(error: Exception) -> None:
+    class FailingFile(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise error
+
+    with pytest.raises(StoreUnavailable, match=rf"^Reading v: .*{error.args[-1]}"), open_video(FailingFile(b"x"), "v"):
         pass
 
 

@@ -1,4 +1,7 @@
+import errno
 import io
+import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +16,38 @@ from internvl_core.data.tiling import Tiling
 from internvl_core.errors import ArgumentError, MediaError, Reason, StoreUnavailable
 
 TILING = Tiling(16, 1, 6, use_thumbnail=True, is_dynamic=True)
+# As in a motion photo; compressed, it may hold the marks of a JPEG by the thousand.
+FILM = b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x02" * 1000
 
 
+def exif_jpeg(directory: bytes) -> bytes:
+    """A JPEG that lies on its side (96 x 64), with this after the head of its EXIF."""
+    return encode(noise(96, 64), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory)
+
+
+def entries(*tags: bytes) -> bytes:
+    return struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+
+
+def entry(tag: int, kind: int, count: int, value: int) -> bytes:
+    return struct.pack("<HHII", tag, kind, count, value)
+
+
+def cut_directory(tiff: bytes) -> bytes:
+    """Move the directory of a TIFF to its end, and cut off the last three entries."""
+    start = struct.unpack("<I", tiff[4:8])[0]
+    end = start + 2 + 12 * struct.unpack("<H", tiff[start : start + 2])[0]
+    return tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + tiff[start : end - 36]
+
+
+def with_marks(jpeg: bytes) -> bytes:
+    """Put a mark that decoders pass over before each scan but the first, with what would be a length of 64 KiB."""
+    first, *others = jpeg.split(b"\xff\xda")[1:]
+    scans = b"".join(b"\xff\x01\xff\xff\xff\xda" + scan for scan in others)
+    return jpeg[: jpeg.index(b"\xff\xda") + 2] + first + scans
+
+
+SIDEWAYS = entry(0x0112, 3, 1, 6)
 PNG, JPEG = encode(noise()), encode(noise(), "JPEG")
 SMOOTH_PNG = encode(Image.linear_gradient("L"))
 COLOURS = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
@@ -56,10 +89,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], Reason]] = {
     "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"/>', Reason.MEDIA),
     "icon": (lambda: encode(noise(), "ICO"), Reason.MEDIA),
     "2000 scans": (lambda: many_scans(2000), Reason.MEDIA_SIZE),
-    "damaged EXIF": (
-        lambda: encode(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06"),
-        Reason.MEDIA,
-    ),
+    "2000 scans before a film": (lambda: many_scans(2000) + FILM, Reason.MEDIA_SIZE),
+    "2000 scans, each behind a mark that is passed over": (lambda: with_marks(many_scans(2000)), Reason.MEDIA_SIZE),
+    "a TIFF without the end of its directory": (lambda: cut_directory(encode(noise(), "TIFF")), Reason.MEDIA),
 }
 
 # What a file becomes: its size, and the colour in its upper left corner.
@@ -104,6 +136,37 @@ ACCEPTED: dict[str, tuple[Callable[[], bytes], tuple[int, int], tuple[int, int, 
         (16, 16),
         (255, 0, 0),
     ),
+    "EXIF cut short": (lambda: exif_jpeg(b"\xff\xff" + SIDEWAYS[:9]), (96, 64), None),
+    "EXIF that is none": (lambda: encode(noise(96, 64), "JPEG", exif=b"Exif\0\0garbage!"), (96, 64), None),
+    "EXIF of nothing": (lambda: encode(noise(96, 64), "JPEG", exif=b"Exif\0\0II"), (96, 64), None),
+    "sideways, with two resolutions": (
+        lambda: exif_jpeg(entries(SIDEWAYS, entry(0x0128, 3, 2, 2))),
+        (64, 96),
+        None,
+    ),
+    "sideways, with a tag larger than the file": (
+        lambda: exif_jpeg(entries(entry(0x010E, 2, 1 << 30, 100), SIDEWAYS)),
+        (64, 96),
+        None,
+    ),
+    "an orientation that is text": (lambda: exif_jpeg(entries(entry(0x0112, 2, 4, 6))), (96, 64), None),
+    "a PNG with EXIF that is none": (
+        lambda: png_of(16, 8, before_pixels=png_chunk(b"eXIf", b"garbage!")),
+        (16, 8),
+        (0, 0, 0),
+    ),
+    "a PNG with a bad count of pictures": (
+        lambda: png_of(16, 8, before_pixels=png_chunk(b"acTL", bytes(8))),
+        (16, 8),
+        (0, 0, 0),
+    ),
+    "a JPEG before a film": (lambda: JPEG + FILM, (64, 64), None),
+    "a JPEG with marks of scans in a comment": (
+        lambda: encode(noise(), "JPEG", comment=b"\xff\xda" * 200),
+        (64, 64),
+        None,
+    ),
+    "100 scans": (lambda: many_scans(100 - many_scans(0).count(b"\xff\xda")), (64, 64), (128, 128, 128)),
     "8 pixels": (lambda: encode(Image.new("RGB", (8, 8), "red")), (8, 8), (255, 0, 0)),
     "200 times as wide as high": (lambda: encode(Image.new("RGB", (1600, 8), "red")), (1600, 8), (255, 0, 0)),
 }
@@ -172,7 +235,6 @@ def test_the_largest_image_allowed_is_read_and_one_row_more_is_not() -> None:
         read_image_size(png_of(width, height + 1, bits=1), "a.png")
 
 
-@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
 def test_a_camera_file_that_lost_its_second_picture_is_read() -> None:
     content = encode(noise(), "MPO", save_all=True, append_images=[noise()])
     first = content[: content.index(b"\xff\xd9") + 2]
@@ -206,6 +268,53 @@ def test_an_outage_while_reading_is_not_taken_for_a_broken_image() -> None:
     for read in (load_image, read_image_size):
         with pytest.raises(StoreUnavailable):
             read(Outage(JPEG), "a.jpg")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), MemoryError()]
+)
+@pytest.mark.parametrize("num_good_reads", [0, 1])
+def test_a_disk_that_fails_is_not_taken_for_a_broken_image(error: Exception, num_good_reads: int) -> None:
+    class Failing(io.BytesIO):
+        num_reads = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.num_reads += 1
+            if self.num_reads > num_good_reads:
+                raise error
+            return super().read(100)
+
+    for content in (JPEG, encode(noise(), "TIFF")):
+        with pytest.raises(StoreUnavailable, match=r"^Reading pets/a\.jpg failed: "):
+            read_image_size(Failing(content), "pets/a.jpg")
+    if not num_good_reads:
+        with pytest.raises(StoreUnavailable, match=r"^Reading pets/a\.jpg failed: "):
+            load_image(Failing(JPEG), "pets/a.jpg")
+
+
+@pytest.mark.parametrize("content", [b"", JPEG[:100], PNG[:20], encode(noise(), "TIFF")[:20], b"text" * 99])
+def test_a_broken_image_in_an_open_file_is_not_taken_for_a_disk_that_fails(content: bytes) -> None:
+    for read in (load_image, read_image_size):
+        with pytest.raises(MediaError, match=r"^pets/a\.jpg: cannot be decoded"):
+            read(io.BytesIO(content), "pets/a.jpg")
+
+
+def test_filters_of_warnings_decide_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    sound, huge = exif_jpeg(b"\xff\xff" + SIDEWAYS[:9]), png_of(12_000, 12_000, bits=1)
+    for set_filter in (
+        warnings.resetwarnings,
+        lambda: warnings.simplefilter("ignore"),
+        lambda: warnings.simplefilter("error"),
+        lambda: warnings.simplefilter("always"),
+    ):
+        with warnings.catch_warnings():
+            set_filter()
+            assert load_image(sound, "a.jpg").size == read_image_size(sound, "a.jpg") == (96, 64)
+            for read in (load_image, read_image_size):
+                with pytest.raises(MediaError) as caught:
+                    read(huge, "a.png")
+                assert caught.value.reason == Reason.MEDIA_SIZE
+    assert capfd.readouterr() == ("", "")
 
 
 def test_comments_of_a_file_do_not_travel_with_its_pixels() -> None:

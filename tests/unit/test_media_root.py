@@ -1,16 +1,20 @@
+import errno
 import gc
 import os
 import pickle
 import socket
+import threading
 import unicodedata
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.utils.data import DataLoader, Dataset
 
 from internvl_core.data.media_root import MAX_FILE_BYTES, MediaRoot, check_name, open_root
@@ -290,6 +294,75 @@ def test_a_store_that_does_not_answer_is_not_the_records_fault(monkeypatch: pyte
                 open_root("s3://bucket/media").read("a.jpg")
         finally:
             fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+class _Refusal(BaseHTTPRequestHandler):
+    code = "AccessDenied"
+
+    def do_GET(self) -> None:
+        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken"])
+def test_a_store_that_lets_nobody_in_is_not_the_records_fault(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Refusal, "code", code)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusal)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        root = open_root("s3://bucket/media")
+        for method in (root.read, root.open, root.list_files):
+            with pytest.raises(StoreUnavailable, match=r"clip/a\.jpg: s3://bucket/media refuses access: .*credentials"):
+                method("clip/a.jpg")
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_name_that_a_store_cannot_ask_for_is_the_records_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> bytes:
+        raise ValueError("not a key:\n'a.jpg'")
+
+    root = open_root(f"memory://{uuid.uuid4().hex}/media")
+    for method in ("cat_file", "ls"):
+        monkeypatch.setattr(MemoryFileSystem, method, refuse)
+    for ask in (root.read, root.open, root.list_files):
+        with pytest.raises(MediaError, match=r"/media/a\.jpg: cannot be read: not a key: 'a\.jpg'\.$"):
+            ask("a.jpg")
+
+
+def test_an_outage_while_an_open_remote_file_is_read_is_no_broken_file(
+    s3_bucket_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fsspec.open(f"{s3_bucket_uri}/media/a.jpg", "wb") as file:
+        file.write(b"jpeg")
+    errors = [PermissionError(errno.EACCES, "The token has expired"), FileNotFoundError(errno.ENOENT, "gone")]
+
+    def fail(*args: object) -> bytes:
+        raise errors[0]
+
+    monkeypatch.setattr("s3fs.core.S3File._fetch_range", fail)
+    with open_root(f"{s3_bucket_uri}/media").open("a.jpg") as opened:
+        while errors:
+            with pytest.raises(StoreUnavailable, match=r"/media/a\.jpg failed"):
+                opened.read()
+            errors.pop(0)
 
 
 @pytest.mark.parametrize(
