@@ -1,6 +1,5 @@
 """`internvl data index|check|show`: look at data before training does."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from internvl_core.inspection.lint_report import DatasetReport, LintReport, MetaJob
 
 data_app = typer.Typer(help="Index, check and show the data of a meta file or of a recipe.", no_args_is_help=False)
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Meta = Annotated[Path | None, typer.Argument(metavar="META", help="Meta file that lists the data sets (JSON).")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder of a model or tokenizer, hub id, or URI of a checkpoint.")]
@@ -46,13 +43,17 @@ def index(
     request = _read_request(meta, tokenizer, recipe, stage, setting, cache_dir)
     if any(job.source is None for job in request.jobs):
         raise ArgumentError("--tokenizer: missing. An index counts tokens: name the folder of the model's tokenizer.")
+    problems = []
     for found in list_distinct(_lint(request, num_media=0)):
         if found.title:
             typer.echo(found.title)
         for dataset in found.datasets:
             if dataset.error is not None:
-                raise DataError(dataset.error)
-            typer.echo(_describe_index(dataset))
+                problems.append(f"{found.title}: {dataset.error}" if found.title else dataset.error)
+            else:
+                typer.echo(_describe_index(dataset))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 @data_app.command()
@@ -157,12 +158,16 @@ def _read_meta(meta: Path, tokenizer: str | None, overrides: dict[str, Any], cac
 
 def _find_tokenizer(text: str) -> str:
     from internvl_core.checkpoint.uri import is_checkpoint_uri
+    from internvl_core.inspection.hub import is_hub_id
 
     if Path(text).is_dir():
         return str(Path(text).absolute())
-    if is_checkpoint_uri(text) or _HUB_ID.fullmatch(text):
+    if is_checkpoint_uri(text) or ("/" in text and is_hub_id(text)):
         return text
-    raise ArgumentError(f"--tokenizer: {text} is no folder, nor the id of a model on the hub (owner/name).")
+    raise ArgumentError(
+        f"--tokenizer: {text}: no such folder, nor could it be the id of a model on the hub (owner/name, where "
+        "owner is no folder here). Correct the path."
+    )
 
 
 def _read_recipe(name: str, stage: str | None, overrides: dict[str, Any], cache_dir: Path | None) -> _Request:

@@ -1,5 +1,6 @@
 """The table of a meta file's data sets: the one place that says which columns there are and how they read."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -86,16 +87,24 @@ def iter_problem_lines(meta: MetaReport) -> Iterator[str]:
 
 
 def _iter_markdown(meta: MetaReport) -> Iterator[str]:
-    yield f"**{meta.title}** `{meta.meta_path}`"
+    yield f"**{meta.title}** {_quote(meta.meta_path)}"
     rows = [
         [column.title for column in COLUMNS],
         ["---:" if column.is_number else "---" for column in COLUMNS],
-        *([cell.replace("|", r"\|") for cell in row] for row in data_rows(meta)),
+        *([_quote(name).replace("|", r"\|"), *numbers] for name, *numbers in data_rows(meta)),
     ]
     yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    problems = [f"- {line}" for line in iter_problem_lines(meta)]
+    problems = [f"- {_quote(line)}" for line in iter_problem_lines(meta)]
     if problems:
         yield "\n".join(problems)
+
+
+def _quote(text: str) -> str:
+    """Write text of others as code, in which a browser finds neither markup nor a link."""
+    line = " ".join(text.splitlines())
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
 
 
 def _describe(dataset: DatasetReport, finding: Finding) -> str:

@@ -16,7 +16,8 @@ from internvl_core.data.encoding import Encoding
 from internvl_core.data.meta import DatasetMeta, load_meta
 from internvl_core.data.order import Permutation
 from internvl_core.data.pixels import PixelRules, PixelSource
-from internvl_core.data.records import Record, parse_record
+from internvl_core.data.records import Record, iter_lines, parse_record
+from internvl_core.data.templates import get_template
 from internvl_core.errors import DataError
 
 
@@ -42,7 +43,7 @@ def load_questions(meta_path: str | Path, cache_dir: Path) -> list[Question]:
 def _load_dataset(meta: DatasetMeta, cache_dir: Path) -> list[Question]:
     questions = []
     with fetch_annotation(meta.annotation, cache_dir).open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter_lines(file), start=1):
             if line.strip():
                 questions.append(_ask(meta, number, line))
     if not questions:
@@ -86,6 +87,17 @@ class QuestionEncoder:
         except DataError as error:
             raise DataError(f"{record.where}: {error}", reason=error.reason) from None
         return {"input_ids": torch.tensor(input_ids), "tiles": media.tiles, "sample_id": record.sample_id}
+
+    def get_end_token_id(self, question: Question) -> int:
+        """Get the token with which an answer ends in the chat format of the question's data set.
+
+        Raises:
+            ArgumentError: the tokenizer has no such token.
+        """
+        encoding, _ = self._find_source(question.meta)
+        encoder, template = encoding.get_encoder(), get_template(encoding.conv_style)
+        encoder.check_tokens(template.tokens)
+        return encoder.get_id(template.endings["gpt"].strip())
 
     def _find_source(self, meta: DatasetMeta) -> tuple[Encoding, PixelSource]:
         if meta.name not in self._sources:

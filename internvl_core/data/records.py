@@ -8,10 +8,10 @@ understood is refused. Tokens, files and pixels are looked at elsewhere.
 import difflib
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import Any, BinaryIO, Literal, TypedDict
 
 from internvl_core.data.media_root import check_name
 from internvl_core.data.strict_json import STRICT_JSON, shorten
@@ -78,6 +78,14 @@ class Record:
     @property
     def where(self) -> str:
         return f"{self.annotation}:{self.line}"
+
+
+def iter_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of an annotation file; of one that is too long as much as `parse_record` needs to refuse it."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
 
 
 def parse_record(line: bytes, *, ignore_keys: Collection[str] = ()) -> ParsedRecord:
@@ -185,6 +193,8 @@ def _parse_video(content: dict[str, Any]) -> tuple[str | None, tuple[float, floa
     start, end = float(clip[0]), float(clip[1])
     if not 0 <= start < end:
         raise DataError(f"clip [{start:g}, {end:g}] must be 0 <= from < to, in seconds.")
+    if name.endswith("/"):
+        raise DataError(f"clip of {shorten(name)}: a folder of frames has no times. Name a file, or leave clip out.")
     return name, (start, end)
 
 
@@ -194,10 +204,9 @@ def _is_number(value: object) -> bool:
 
 
 def _parse_sizes(content: dict[str, Any], num_images: int) -> tuple[tuple[int, int], ...] | None:
-    if not num_images:
-        return None
+    # Of a text or a video as well, where they are of no use: a wrong one is a mistake of whoever wrote the record.
     widths, heights = _parse_sides(content, "width"), _parse_sides(content, "height")
-    if widths is None and heights is None:
+    if not num_images or (widths is None and heights is None):
         return None
     if widths is None or heights is None:
         missing = "width" if widths is None else "height"
@@ -210,16 +219,16 @@ def _parse_sizes(content: dict[str, Any], num_images: int) -> tuple[tuple[int, i
 
 
 def _parse_sides(content: dict[str, Any], name: str) -> list[int] | None:
-    value = content.get(f"{name}_list")
-    if value is None:
-        value = content.get(name)
-    if value is None:
-        return None
-    sides = value if isinstance(value, list) else [value]
-    for side in sides:
-        if isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 1 << 20:
-            raise DataError(f"{name} must be a whole number of pixels above 0, got {shorten(side)}.")
-    return sides
+    found = None
+    for key in (name, f"{name}_list"):
+        value = content.get(key)
+        if value is None:
+            continue
+        found = value if isinstance(value, list) else [value]
+        for side in found:
+            if isinstance(side, bool) or not isinstance(side, int) or not 0 < side < 1 << 20:
+                raise DataError(f"{key} must be a whole number of pixels above 0, got {shorten(side)}.")
+    return found
 
 
 def _parse_turns(value: object, ignore_keys: Collection[str]) -> tuple[Turn, ...]:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -11,13 +12,12 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from internvl_core.arguments import Arguments
 from internvl_core.data.collate import PromptCollator
+from internvl_core.data.dataset import Prompt
 from internvl_core.data.questions import Question, QuestionEncoder, load_questions
 from internvl_core.data.tiles import normalise
 from internvl_core.evaluate.score import count_matches, summarize_accuracy
 
 logger = logging.getLogger(__name__)
-
-END_OF_TURN = "<|im_end|>"
 
 
 def evaluate_held_out(
@@ -51,31 +51,52 @@ def iter_answers(
     questions: list[Question],
     arguments: Arguments,
 ) -> Iterator[str]:
-    """Yield the greedy answer to each question, `per_device_eval_batch_size` of them at a time."""
+    """Yield the greedy answer to each question, `per_device_eval_batch_size` of them at a time.
+
+    A batch has one chat format's end of an answer: what ends an answer in one is text in another.
+    """
     model.eval()
-    collate = PromptCollator(tokenizer.pad_token_id)
-    parameter = next(model.parameters())
     batch_size = arguments.training.per_device_eval_batch_size
-    for start in range(0, len(questions), batch_size):
-        prompts = [encoder.encode(question) for question in questions[start : start + batch_size]]
-        batch = collate(prompts)
-        inputs = {name: batch[name].to(parameter.device) for name in ("input_ids", "attention_mask")}
-        if "pixel_values" in batch:
-            tiles = batch["pixel_values"].to(parameter.device)
-            inputs["pixel_values"] = normalise(tiles, arguments.data.normalize_type, parameter.dtype)
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                max_new_tokens=arguments.extension.eval_max_new_tokens,
-                # Greedy whatever generation config the model came with: those of chat models penalise repetition.
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                use_cache=True,
-                eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for end_token_id, group in groupby(questions, key=encoder.get_end_token_id):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            prompts = [encoder.encode(question) for question in alike[start : start + batch_size]]
+            yield from _generate(model, tokenizer, prompts, arguments, end_token_id)
+
+
+def _generate(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    arguments: Arguments,
+    end_token_id: int,
+) -> list[str]:
+    parameter = next(model.parameters())
+    batch = PromptCollator(tokenizer.pad_token_id)(prompts)
+    inputs = {name: batch[name].to(parameter.device) for name in ("input_ids", "attention_mask")}
+    if "pixel_values" in batch:
+        tiles = batch["pixel_values"].to(parameter.device)
+        inputs["pixel_values"] = normalise(tiles, arguments.data.normalize_type, parameter.dtype)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=arguments.extension.eval_max_new_tokens,
+            # Greedy whatever generation config the model came with: those of chat models penalise repetition.
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            use_cache=True,
+            eos_token_id=end_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    answers = [_cut(row, end_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
+
+
+def _cut(token_ids: list[int], end_token_id: int) -> list[int]:
+    # Not left to the decoding: some tokenizers do not call the token special, and a pad may be text.
+    return token_ids[: token_ids.index(end_token_id)] if end_token_id in token_ids else token_ids
 
 
 def _sum_over_ranks(counts: Counter[str]) -> Counter[str]:

@@ -9,7 +9,8 @@ from internvl_core.data.annotation import fetch_annotation
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.meta import DatasetMeta, load_meta
 from internvl_core.data.pixels import PixelRules
-from internvl_core.errors import ArgumentError
+from internvl_core.data.records import MAX_LINE_BYTES, iter_lines
+from internvl_core.errors import ArgumentError, DataError, Reason
 from internvl_core.inspection.sample_view import view_sample
 from internvl_core.inspection.show_job import ShowJob, ShowReport
 from internvl_core.inspection.show_page import write_page
@@ -26,7 +27,7 @@ def show(job: ShowJob) -> ShowReport:
 
     Raises:
         ArgumentError: no such data set or line, or a wrong argument.
-        DataError: the meta file is wrong.
+        DataError: the meta file is wrong, or the line too long to be a record.
     """
     cache_dir = Path(job.cache_dir).expanduser()
     values = job.meta.values
@@ -76,12 +77,19 @@ def read_line(path: Path, number: int, *, shown_as: str) -> bytes:
 
     Raises:
         ArgumentError: the file has not so many, or the line is blank.
+        DataError: the line is too long to be a record.
     """
     count = 0
     with path.open("rb") as file:
-        for count, line in enumerate(file, start=1):
+        for count, line in enumerate(iter_lines(file), start=1):
             if count == number:
-                if line.strip():
-                    return line
-                raise ArgumentError(f"{shown_as}:{number}: is a blank line, which is skipped. Choose another.")
+                if not line.strip():
+                    raise ArgumentError(f"{shown_as}:{number}: is a blank line, which is skipped. Choose another.")
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{shown_as}:{number}: more than {MAX_LINE_BYTES} bytes in one line; no more are read, and the "
+                        "record is left out. Choose another.",
+                        reason=Reason.LINE_TOO_LONG,
+                    )
+                return line
     raise ArgumentError(f"{shown_as}: has {count} lines, so no line {number}. Choose one from 1 to {count}.")

@@ -15,6 +15,7 @@ from internvl_core.checkpoint.store import is_checkpoint_uri, read_file, read_ma
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.text_encoder import TextEncoder, load_text_encoder
 from internvl_core.errors import ArgumentError
+from internvl_core.inspection.hub import check_model
 from internvl_core.inspection.lint_report import TokenizerSource
 
 USUAL_PATCH_PX = 14
@@ -34,10 +35,7 @@ def load_encoder(source: TokenizerSource, cache_dir: Path) -> TextEncoder:
     Raises:
         ArgumentError: there is none.
     """
-    path = _find_folder(source.tokenizer, cache_dir)
-    if Path(path).is_absolute() and not Path(path).is_dir():
-        raise ArgumentError(f"tokenizer: {path} is no folder. Give a folder in Hugging Face's format, or a hub id.")
-    return load_text_encoder(path)
+    return load_text_encoder(_find_folder(source.tokenizer, cache_dir))
 
 
 def count_tokens_per_tile(source: TokenizerSource | None, values: Mapping[str, Any], cache_dir: Path) -> int:
@@ -83,15 +81,12 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _fetch_from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, _CONFIG_FILE))
     except EntryNotFoundError:
         return Path(name) / _CONFIG_FILE
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError(f"{name}: is no folder, and not on the hub: {reason}") from None
 
 
 def _find_folder(source: str, cache_dir: Path) -> str:
@@ -101,6 +96,7 @@ def _find_folder(source: str, cache_dir: Path) -> str:
     base = Path(source) / _BASE_FILE
     if base.is_file():
         return str(_copy_small_files(CheckpointRef(**json.loads(base.read_text())), cache_dir))
+    check_model(source)
     return source
 
 

@@ -134,6 +134,17 @@ def test_index_says_why_a_data_set_cannot_be(run: Run, tmp_path: Path) -> None:
     assert errors.splitlines()[-1].startswith("DataError: dataset 'pets': length is 2, but ")
 
 
+def test_index_goes_on_after_a_data_set_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    meta = write_meta(tmp_path, record())
+    entry = {"root": ".", "annotation": "pets.jsonl"}
+    meta.write_text(json.dumps({"a": {**entry, "length": 2}, "b": entry, "c": {**entry, "length": 3}}))
+    code, output, errors = run("index", str(meta), *list_options(tmp_path))
+    assert (code, output.splitlines()[0].partition(",")[0]) == (65, "b: 1 records")
+    first, second = errors.splitlines()[-2:]
+    assert first.startswith("DataError: dataset 'a': length is 2, but ")
+    assert second.startswith("dataset 'c': length is 3, but ")
+
+
 def test_show_writes_a_page_named_after_the_sample(run: Run, tmp_path: Path) -> None:
     meta = write_meta(tmp_path, record("0.png"), "{")
     code, output, _ = run("show", str(meta), *list_options(tmp_path))
@@ -236,7 +247,7 @@ def test_an_error_of_the_tool_keeps_its_class_and_its_message(tmp_path: Path) ->
 
 
 def test_a_fault_of_the_tool_is_told_by_its_last_line() -> None:
-    with pytest.raises(InternVLError, match=r"^internvl_core\.data lint: ended with code 1: KeyError: 'metas'$"):
+    with pytest.raises(InternVLError, match=r"^internvl_core\.inspection lint: ended with code 1: KeyError: 'metas'$"):
         run_data_tool("lint", {}, log=print)
 
 

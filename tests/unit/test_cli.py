@@ -102,7 +102,19 @@ def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_started(run: 
     (tmp_path / "meta.json").write_text('{"a": {"root": ".", "annotation": "a.jsonl"}}')
     code, _, errors = run("data", "check", str(tmp_path / "meta.json"), "--tokenizer", "no/such/folder")
     assert code == 64
-    assert errors.startswith("ArgumentError: --tokenizer: no/such/folder is no folder, nor the id of a model")
+    assert errors.startswith("ArgumentError: --tokenizer: no/such/folder: no such folder, nor could it be the id")
+
+
+def test_a_tokenizer_in_a_folder_that_is_there_is_not_asked_of_the_hub(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "meta.json").write_text('{"a": {"root": ".", "annotation": "a.jsonl"}}')
+    code, _, errors = run("data", "check", "meta.json", "--tokenizer", "models/typo")
+    assert code == 64
+    assert errors.startswith("ArgumentError: --tokenizer: models/typo: no such folder, nor could it be the id")
 
 
 def test_all_wrong_arguments_of_all_stages_are_told_at_once(run: Run) -> None:

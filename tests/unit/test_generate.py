@@ -1,10 +1,13 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from chat_tokenizers import load_golden_with_chat_tokens
 from data_sets import TOKENIZER, build_encoding
 from PIL import Image
 from tiny_internvl import TILE_SIZE, TOKENS_PER_TILE, build_tiny_model
@@ -13,7 +16,9 @@ from internvl_core.arguments import Arguments, parse_arguments
 from internvl_core.data.conversation import IMAGE_CONTEXT
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.questions import Question, QuestionEncoder, load_questions
+from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.data.tiling import Tiling
+from internvl_core.errors import ArgumentError
 from internvl_core.evaluate.generate import evaluate_held_out, iter_answers
 from internvl_core.model.internvl import InternVLForTraining
 
@@ -103,3 +108,35 @@ def ask(text: str, expected: str) -> dict[str, Any]:
 
 def test_without_a_held_out_set_there_is_no_score(model: InternVLForTraining) -> None:
     assert evaluate_held_out(model, TOKENIZER, ENCODER, build_arguments()) == {}
+
+
+def test_an_answer_ends_where_the_chat_format_of_its_data_set_ends_it(tmp_path: Path) -> None:
+    tokenizer = load_golden_with_chat_tokens()
+    model = build_tiny_model(vocab_size=len(tokenizer), image_token=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT))
+    script = tokenizer.convert_tokens_to_ids(["A", "<|end|>", "B", "<|im_end|>", "C", "</s>", "D"])
+    model.register_forward_hook(partial(say_next, script), with_kwargs=True)
+    styles = {"own": {}, "phi": {"conv_style": "phi3-chat"}, "zh": {"conv_style": "internvl_zh"}}
+    entry = {"root": ".", "annotation": "pets.jsonl"}
+    path = write_meta(tmp_path, [ask("Say it.", "?")] * 2)
+    path.write_text(json.dumps({name: {**entry, **style} for name, style in styles.items()}))
+    encoding = replace(build_encoding(conv_style="Hermes-2"), encoder=TextEncoder.from_tokenizer(tokenizer))
+    encoder = QuestionEncoder(encoding, PixelRules("imagenet"))
+    for batch_size in (1, 8):
+        arguments = build_arguments(batch_size=batch_size, eval_max_new_tokens=7)
+        answers = iter_answers(model, tokenizer, encoder, load_questions(path, tmp_path), arguments)
+        assert list(answers) == ["AB", "AB", "A", "A", "ABC", "ABC"]
+
+
+def test_a_tokenizer_without_the_end_of_a_chat_format_is_refused(
+    model: InternVLForTraining, questions: list[Question]
+) -> None:
+    encoder = QuestionEncoder(build_encoding(conv_style="phi3-chat"), PixelRules("imagenet"))
+    with pytest.raises(ArgumentError, match=r"lacks .*<\|end\|>.*conv_style"):
+        next(iter_answers(model, TOKENIZER, encoder, questions, build_arguments()))
+
+
+def say_next(script: list[int], _model: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
+    """Make a model say a script token by token: what follows the last one in it, or its first."""
+    for row, last in enumerate(given["input_ids"][:, -1].tolist()):
+        said = script.index(last) + 1 if last in script[:-1] else 0
+        output.logits[row, -1] = torch.nn.functional.one_hot(torch.tensor(script[said]), output.logits.shape[-1])

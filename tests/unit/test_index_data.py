@@ -121,8 +121,22 @@ def test_problems_are_told_with_their_lines_and_the_first_in_full() -> None:
 
 def test_a_table_writes_no_cell_as_markup() -> None:
     dataset = DatasetReport("[red]|pets", "pets.jsonl", num_records=9, num_samples=9)
-    assert r"| [red]\|pets |" in write_data_markdown([build_meta(dataset)])
+    assert r"| `[red]\|pets` |" in write_data_markdown([build_meta(dataset)])
     assert list(render_data_table(build_meta(dataset)).columns[0].cells) == [r"\[red]|pets"]
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("<img src=x onerror=alert(1)> a|b", "`pets: 1 × record (line 3): <img src=x onerror=alert(1)> a|b`"),
+        ("`</code><b>``", "``` pets: 1 × record (line 3): `</code><b>`` ```"),
+        ("a\n\n# b\r<b>", "`pets: 1 × record (line 3): a  # b <b>`"),
+    ],
+)
+def test_text_of_records_is_quoted_in_markdown(text: str, quoted: str) -> None:
+    findings = [Finding("record", 1, [3], text)]
+    dataset = DatasetReport("pets", "pets.jsonl", num_records=9, num_samples=8, findings=findings)
+    assert write_data_markdown([build_meta(dataset)]).endswith(f"\n\n- {quoted}")
 
 
 def test_stages_that_read_the_same_data_alike_share_a_table() -> None:

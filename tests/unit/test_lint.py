@@ -116,7 +116,7 @@ def test_without_a_tokenizer_form_and_tiles_are_looked_at(tmp_path: Path) -> Non
 
 def test_a_tokenizer_that_is_missing_is_refused(tmp_path: Path) -> None:
     path = write_meta(tmp_path, {"pets": [record()]})
-    with pytest.raises(ArgumentError, match=r"^tokenizer: .*/nowhere is no folder"):
+    with pytest.raises(ArgumentError, match=r"/nowhere: no such folder\."):
         run(path, source=TokenizerSource(str(tmp_path / "nowhere")))
 
 

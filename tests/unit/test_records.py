@@ -1,3 +1,4 @@
+import io
 import json
 import time
 from typing import Any
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internvl_core.data import records
 from internvl_core.data.records import MAX_LINE_BYTES, ParsedRecord, Turn, parse_record
 from internvl_core.errors import DataError, Reason
 
@@ -52,9 +54,10 @@ def test_a_missing_tag_of_a_single_medium_goes_into_the_first_human_turn() -> No
 
 
 def test_a_video_may_be_clipped() -> None:
-    record = parse(video="a/frames/", clip=[1, 2.5])
-    assert (record.video, record.clip, record.kind) == ("a/frames/", (1.0, 2.5), "video")
+    record = parse(video="a.mp4", clip=[1, 2.5])
+    assert (record.video, record.clip, record.kind) == ("a.mp4", (1.0, 2.5), "video")
     assert parse(video="a.gif").clip is None
+    assert parse(video="a/frames/").clip is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,7 @@ def test_notes_of_the_authors_are_borne_where_the_data_set_says_so() -> None:
         ({"video": ""}, "record", "video must be one path"),
         ({"video": "../a.mp4"}, "path", r"\.\./a\.mp4"),
         ({"clip": [0, 1]}, "record", "clip without a video"),
+        ({"video": "a/frames/", "clip": [0, 1]}, "record", "clip of 'a/frames/': a folder of frames has no times"),
         ({"video": "a.mp4", "clip": [2, 1]}, "record", "0 <= from < to"),
         ({"video": "a.mp4", "clip": [-1, 1]}, "record", "0 <= from < to"),
         ({"video": "a.mp4", "clip": [1]}, "record", r"clip must be \[from, to\]"),
@@ -124,6 +128,11 @@ def test_notes_of_the_authors_are_borne_where_the_data_set_says_so() -> None:
         ({"image": "http://a/b.png"}, "path", "http://a/b"),
         ({"image": "a\ud800.png"}, "encoding", "half a surrogate pair"),
         ({"image": "a", "width": 3}, "record", "height is missing"),
+        ({"width": -1}, "record", "width must be a whole number"),
+        ({"width": 3, "height": [4, "x"]}, "record", "height must be a whole number"),
+        ({"video": "a.mp4", "width_list": {"a": 1}}, "record", "width_list must be a whole number"),
+        ({"image": "a", "width": 3, "width_list": [0], "height": 4}, "record", "width_list must be a whole number"),
+        ({"image": "a", "width": "x", "width_list": [3], "height": 4}, "record", "width must be a whole number"),
         ({"image": "a", "width": 3, "height": 0}, "record", "height must be a whole number"),
         ({"image": "a", "width": 3, "height": -2}, "record", "height must be a whole number"),
         ({"image": "a", "width": 3, "height": "4"}, "record", "height must be a whole number"),
@@ -232,3 +241,9 @@ def test_a_sound_record_comes_out_as_it_was_written(
 def test_any_bytes_are_a_record_or_a_data_error(line: bytes) -> None:
     with pytest.raises(DataError):
         parse_record(line)
+
+
+def test_a_line_that_is_too_long_is_one_line_and_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 4)
+    lines = list(records.iter_lines(io.BytesIO(b"abc\n\nabcd\n" + b"x" * 99 + b"\nabcde")))
+    assert lines == [b"abc\n", b"\n", b"abcd\n", b"xxxxx", b"abcde"]

@@ -10,12 +10,14 @@ import pytest
 from data_sets import build_encoding, record, write_meta
 
 from internvl_core.argument_rules import resolve_arguments
+from internvl_core.data import records
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import open_index
 from internvl_core.data.meta import load_meta
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.errors import ArgumentError, Reason
+from internvl_core.errors import ArgumentError, DataError, Reason
+from internvl_core.inspection import show as show_module
 from internvl_core.inspection.lint_report import MetaJob, TokenizerSource
 from internvl_core.inspection.sample_view import SampleView, view_sample
 from internvl_core.inspection.show import find_dataset, read_line, show
@@ -214,6 +216,16 @@ def test_a_data_set_is_found_by_name_or_by_being_the_only_one(tmp_path: Path) ->
         find_dataset(two, None, where="m.json")
     with pytest.raises(ArgumentError, match=r"^m\.json: no data set 'pet'\. Nearest: 'pets'\."):
         find_dataset(two, "pet", where="m.json")
+
+
+def test_a_line_that_is_too_long_is_refused_and_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (records, show_module):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 8)
+    (tmp_path / "a.jsonl").write_bytes(b"1\n" + b"x" * 99 + b"\n3\n")
+    assert read_line(tmp_path / "a.jsonl", 3, shown_as="a.jsonl") == b"3\n"
+    with pytest.raises(DataError, match=r"^a\.jsonl:2: more than 8 bytes in one line") as caught:
+        read_line(tmp_path / "a.jsonl", 2, shown_as="a.jsonl")
+    assert caught.value.reason is Reason.LINE_TOO_LONG
 
 
 @pytest.mark.parametrize(("number", "message"), [(2, "is a blank line"), (4, "has 3 lines, so no line 4")])
