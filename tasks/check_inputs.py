@@ -1,6 +1,5 @@
 """Refuse what is wrong before anything is trained: files, data, store, gates."""
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from internvl_core.checkpoint.store import check_store, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.data.meta import load_meta
 from internvl_core.errors import ArgumentError, DataError, InternVLError
+from internvl_core.inspection.hub import is_hub_id
 from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import COMPONENTS, METAS
-
-_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 @task(name="check inputs", cache_policy=NO_CACHE)
@@ -72,5 +70,5 @@ def _check_gate(eval_meta_path: str | None, metric: str) -> None:
 
 
 def _check_model(path: str) -> None:
-    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+    if not Path(path).is_dir() and not is_hub_id(path):
         raise ArgumentError(f"{path} is no folder, nor the id of a model on the hub (owner/name). Correct the path.")
