@@ -226,7 +226,7 @@ def test_the_stages_and_their_progress_are_artifacts(server: Server, recipe: Pat
     found = server.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run_id]}})
     artifacts = {artifact["key"]: artifact for artifact in found}
     assert artifacts.keys() == {f"data-{recipe.stem}", f"stages-{recipe.stem}", "progress-stage1"}
-    assert re.search(r"^\| digit \| image \| 40 \| 0 \|", artifacts[f"data-{recipe.stem}"]["data"], re.MULTILINE)
+    assert re.search(r"^\| `digit` \| image \| 40 \| 0 \|", artifacts[f"data-{recipe.stem}"]["data"], re.MULTILINE)
     assert float(artifacts["progress-stage1"]["data"]) == 100
     table = artifacts[f"stages-{recipe.stem}"]["data"]
     assert re.search(r"^\| stage1 \| trained \| 2 \|.*file://.*\|$", table, re.MULTILINE), table
