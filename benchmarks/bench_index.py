@@ -3,31 +3,34 @@
     python benchmarks/bench_index.py [--records 1000000] [--large 10000000] [--tokenizer DIR]
 
 Records are generated: a question and an answer of about 150 bytes of text together, three of four
-with an image whose width and height are given. Prints a table and writes benchmarks/results/<date>-index.json.
+with an image whose width and height are given. Writes benchmarks/results/<date>-index.json and <date>-index-rank.json.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-WORDS = ["the", "picture", "shows", "a", "small", "red", "house", "near", "the", "river", "with", "three", "trees"]
 TEXT_BYTES = 150
+SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "ki", "lo", "mer", "nis", "pra", "qua", "ros", "tel", "vin")
+# As in language: few words are most of a text, and nearly every text has a rare one.
+WORDS = ["".join(parts) for length in (1, 2, 3) for parts in itertools.product(SYLLABLES, repeat=length)]
+FREQUENCIES = [1 / rank for rank in range(1, len(WORDS) + 1)]
 
 
 def generate_records(path: Path, num_records: int, *, seed: int = 0) -> int:
     """Write records; returns the bytes of their text."""
     order = random.Random(seed)  # noqa: S311
     # A pool, because drawing each record's words would take longer than indexing them.
-    texts = [" ".join(order.choices(WORDS, k=28))[: TEXT_BYTES // 2] for _ in range(20_000)]
+    texts = [" ".join(order.choices(WORDS, FREQUENCIES, k=28))[: TEXT_BYTES // 2] for _ in range(200_000)]
     num_bytes = 0
     with path.open("w") as file:
         for number in range(num_records):
@@ -42,6 +45,16 @@ def generate_records(path: Path, num_records: int, *, seed: int = 0) -> int:
     return num_bytes
 
 
+def train_tokenizer(folder: Path) -> Path:
+    """Train a byte-level BPE of 20,000 tokens, so that a word is one token or two, as with a real model's."""
+    from internvl_core.smoke import components
+
+    order = random.Random(1)  # noqa: S311
+    texts = (" ".join(order.choices(WORDS, FREQUENCIES, k=28)) for _ in range(50_000))
+    components.train_tokenizer(texts, 20_000).save_pretrained(folder)
+    return folder
+
+
 def write_meta(folder: Path, annotation: Path) -> Path:
     meta = folder / f"{annotation.stem}.json"
     meta.write_text(json.dumps({"bench": {"root": str(folder), "annotation": str(annotation)}}))
@@ -50,7 +63,7 @@ def write_meta(folder: Path, annotation: Path) -> Path:
 
 # What a rank does; in a process of its own, whose memory is measured.
 RANK = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 meta_path, cache_dir, tokenizer, num_reads = sys.argv[1:]
 import numpy
@@ -116,53 +129,71 @@ def run(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def measure_builds(folder: Path, tokenizer: Path, *, num_records: int, repeats: int) -> dict[str, object]:
+    """Index with one process and with two, in turn."""
+    annotation = folder / "records.jsonl"
+    text_bytes = generate_records(annotation, num_records)
+    meta = write_meta(folder, annotation)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for repeat in range(repeats):
+        for num_processes in seconds:
+            cache_dir = folder / f"cache-{num_processes}-{repeat}"
+            seconds[num_processes].append(build(meta, cache_dir, tokenizer, num_processes))
+    return {
+        f"{num_processes} processes": {
+            "records": num_records,
+            "seconds": [round(run_s, 2) for run_s in runs],
+            "records_per_s": round(num_records / statistics.median(runs)),
+            "text_mb_per_s": round(text_bytes / statistics.median(runs) / 1e6, 2),
+            "file_mb_per_s": round(annotation.stat().st_size / statistics.median(runs) / 1e6, 2),
+        }
+        for num_processes, runs in seconds.items()
+    }
+
+
+def measure_rank(folder: Path, tokenizer: Path, *, num_records: int, num_reads: int, repeats: int) -> dict[str, object]:
+    """Open a large index as a rank does, warm, and read from it."""
+    annotation = folder / "large.jsonl"
+    generate_records(annotation, num_records)
+    meta = write_meta(folder, annotation)
+    cache_dir = folder / "cache-large"
+    build_s = build(meta, cache_dir, tokenizer, 2)
+    runs = [
+        json.loads(run("-c", RANK, str(meta), str(cache_dir), str(tokenizer), str(num_reads))) for _ in range(repeats)
+    ]
+    return {"build_s": round(build_s, 1), "file_gb": round(annotation.stat().st_size / 1e9, 2), "runs": runs}
+
+
+def write_result(name: str, content: dict[str, object]) -> None:
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "command": "python " + " ".join(sys.argv),
+        **content,
+    }
+    text = json.dumps(result, indent=2)
+    path = Path(__file__).with_name("results") / f"{datetime.date.today()}-{name}.json"
+    path.write_text(text + "\n")
+    sys.stdout.write(f"{text}\n{path}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--records", type=int, default=1_000_000, help="records to index; 0 for none")
     parser.add_argument("--large", type=int, default=10_000_000, help="records of the index a rank opens; 0 for none")
     parser.add_argument("--reads", type=int, default=200_000, help="records a rank reads of it")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "tests/data/tokenizer")
+    parser.add_argument("--tokenizer", type=Path, help="folder of one; by default one is trained on such texts")
     args = parser.parse_args()
-    result: dict[str, object] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "command": " ".join(sys.argv),
-    }
     with tempfile.TemporaryDirectory(prefix="bench-index-") as name:
         folder = Path(name)
-        annotation = folder / "records.jsonl"
-        text_bytes = generate_records(annotation, args.records)
-        meta = write_meta(folder, annotation)
-        for num_processes in (1, 2):
-            seconds = [
-                build(meta, folder / f"cache-{num_processes}-{repeat}", args.tokenizer, num_processes)
-                for repeat in range(args.repeats)
-            ]
-            median_s = statistics.median(seconds)
-            result[f"build_{num_processes}"] = {
-                "records": args.records,
-                "seconds": seconds,
-                "records_per_s": args.records / median_s,
-                "text_mb_per_s": text_bytes / median_s / 1e6,
-                "file_mb_per_s": annotation.stat().st_size / median_s / 1e6,
-            }
+        tokenizer = args.tokenizer or train_tokenizer(folder / "tokenizer")
+        if args.records:
+            builds = measure_builds(folder, tokenizer, num_records=args.records, repeats=args.repeats)
+            write_result("index", builds)
         if args.large:
-            large = folder / "large.jsonl"
-            generate_records(large, args.large)
-            meta = write_meta(folder, large)
-            cache_dir = folder / "cache-large"
-            build_s = build(meta, cache_dir, args.tokenizer, 2)
-            ranks = [
-                json.loads(run("-c", RANK, str(meta), str(cache_dir), str(args.tokenizer), str(args.reads)))
-                for _ in range(args.repeats)
-            ]
-            result["rank"] = {"build_s": build_s, "file_gb": large.stat().st_size / 1e9, "runs": ranks}
-    result["peak_builder_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    text = json.dumps(result, indent=2)
-    path = Path(__file__).with_name("results") / f"{datetime.date.today()}-index.json"
-    path.write_text(text + "\n")
-    sys.stdout.write(f"{text}\n{path}\n")
+            rank = measure_rank(folder, tokenizer, num_records=args.large, num_reads=args.reads, repeats=args.repeats)
+            write_result("index-rank", rank)
 
 
 if __name__ == "__main__":
