@@ -150,10 +150,11 @@ class VideoReader:
         if self._size not in (None, size):
             self._source.refuse(f"its pictures change from {self._size} to {size} px in the middle")
         self._size = size
+        # One thread: a process that is forked from here would wait forever for others when it frees the frame.
         if any(component.is_alpha for component in frame.format.components):
-            image = Image.fromarray(frame.to_ndarray(format="rgba"))
+            image = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         else:
-            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            image = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
         turn = _UPRIGHT.get(frame.rotation % 360)
         return image if turn is None else image.transpose(turn)

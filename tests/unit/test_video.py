@@ -1,5 +1,7 @@
 import bisect
+import gc
 import io
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -284,6 +286,29 @@ def test_a_video_is_read_from_an_object_store(root: MediaRoot) -> None:
 
 
 # Folders of pictures
+
+
+def test_a_process_forked_after_a_video_was_read_can_free_what_is_left_of_it(tmp_path: Path, root: MediaRoot) -> None:
+    # Workers are forked from a rank that has read videos itself; scaling threads are not in the fork.
+    (tmp_path / "v").write_bytes(make_video("mp4", "libx264"))
+    info = probe_video(root, "v")
+    with (tmp_path / "v").open("rb") as file, open_video(file, "v") as source:
+        reader = VideoReader(source)
+        next(reader.iter_shown([0.05], start_s=info.start_s, frame_s=0.1))
+    left = [reader]
+    left.append(left)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        del left, reader
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+    finally:
+        gc.enable()
+    child.join(30)
+    is_stuck = child.is_alive()
+    child.kill()
+    assert not is_stuck
+    assert child.exitcode == 0
 
 
 def write_pictures(folder: Path, names: Sequence[str]) -> None:
