@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -113,18 +114,13 @@ def exists(annotation: str) -> bool:
         ArgumentError: the URI is not one that data may have.
         StoreUnavailable: its store does not answer.
     """
-    if "://" not in annotation and "::" not in annotation:
-        return _is_file(annotation)
+    local = _find_local(annotation)
+    if local is not None:
+        # Pathlib's own raises where a name is too long.
+        return os.path.isfile(local)  # noqa: PTH113
     uri = normalize_uri(annotation)
-    if uri.startswith(FILE_PREFIX):
-        return _is_file(uri.removeprefix(FILE_PREFIX))
     with translated(f"Looking for {uri}"):
         return bool(open_filesystem(uri).isfile(uri))
-
-
-def _is_file(path: str) -> bool:
-    # Pathlib's own raises where a name is too long.
-    return os.path.isfile(path)  # noqa: PTH113
 
 
 def fetch_annotation(annotation: str, cache_dir: Path) -> Path:
@@ -134,11 +130,10 @@ def fetch_annotation(annotation: str, cache_dir: Path) -> Path:
         DataError: there is no such file.
         StoreUnavailable: its store does not answer.
     """
-    if "://" not in annotation and "::" not in annotation:
-        return Path(annotation)
+    local = _find_local(annotation)
+    if local is not None:
+        return local
     uri = normalize_uri(annotation)
-    if uri.startswith(FILE_PREFIX):
-        return Path(uri.removeprefix(FILE_PREFIX))
     filesystem = open_filesystem(uri)
     with translated(f"Reading {uri}", answers=(FileNotFoundError,)):
         try:
@@ -156,6 +151,13 @@ def fetch_annotation(annotation: str, cache_dir: Path) -> Path:
     return path
 
 
+def _find_local(annotation: str) -> Path | None:
+    if "://" not in annotation and "::" not in annotation:
+        return Path(annotation)
+    uri = normalize_uri(annotation)
+    return Path(uri.removeprefix(FILE_PREFIX)) if uri.startswith(FILE_PREFIX) else None
+
+
 def digest_annotation(path: Path, cache_dir: Path) -> tuple[str, FileVersion]:
     """Sha256 (hex) of a local file and the version it belongs to, remembered in the cache until the file changes.
 
@@ -165,12 +167,11 @@ def digest_annotation(path: Path, cache_dir: Path) -> tuple[str, FileVersion]:
     version = FileVersion.of(_stat(path))
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     memory = cache_dir / "digests" / f"{key}.json"
-    try:
+    # Whatever is wrong with what was remembered, the file itself says it again.
+    with suppress(OSError, ValueError, KeyError, TypeError):
         remembered = json.loads(memory.read_text())
         if remembered["version"] == asdict(version):
             return str(remembered["sha256"]), version
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     digest = hash_file(path)
     if FileVersion.of(_stat(path)) != version:
         raise DataError(f"{path}: is being written to. Run again when it is whole.")
