@@ -1,18 +1,24 @@
 """Bad pictures and videos, and odd ones that are good."""
 
-import io
 import os
 import zlib
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 from bad_cases import GOOD, Line, Outcome, Write, bad_sample, left_out, show_image, show_video
 from image_files import damaged, encode, many_scans, noise, png_chunk, png_of, sixteen_bits, with_exif
 from PIL import Image
-from video_files import make_audio, make_empty_video, make_noise, make_video, patch, patch_box, patch_duration, to_frame
+from video_files import (
+    make_audio,
+    make_empty_video,
+    make_growing_video,
+    make_noise,
+    make_video,
+    patch,
+    patch_box,
+    patch_duration,
+)
 
 from internvl_core.data import video_source
 from internvl_core.data.media_root import MAX_FILE_BYTES
@@ -123,24 +129,6 @@ IMAGES: dict[str, tuple[Write, Outcome]] = {
 # --- videos
 
 
-def change_size() -> bytes:
-    """A video whose pictures grow in the middle."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as output:
-        stream: Any = output.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
-        other: Any = av.CodecContext.create("mjpeg", "w")
-        other.width, other.height, other.pix_fmt, other.time_base = 64, 48, "yuvj420p", Fraction(1, 10)
-        for number in range(20):
-            encoder, size = (stream, (32, 32)) if number < 10 else (other, (64, 48))
-            frame = to_frame(Image.new("RGB", size))
-            frame.pts, frame.time_base = number, Fraction(1, 10)
-            for packet in encoder.encode(frame):
-                packet.stream = stream
-                output.mux(packet)
-    return buffer.getvalue()
-
-
 def erase_pictures() -> bytes:
     """A video of which the index is whole, and the pictures of the first moments."""
     body = make_noise("mp4", "libx264", num_frames=20)
@@ -192,7 +180,10 @@ VIDEOS: dict[str, tuple[Write, Outcome]] = {
     ),
     "79 a million seconds": (show_video_bytes(lambda: patch_duration(1e6)), left_out(Reason.MEDIA_SIZE, "lasts")),
     "80 audio only": (show_video_bytes(make_audio), left_out(Reason.MEDIA, "holds no video")),
-    "81 the size changes": (show_video_bytes(change_size), bad_sample(Reason.MEDIA, "change from .* px in the middle")),
+    "81 the size changes": (
+        show_video_bytes(make_growing_video),
+        bad_sample(Reason.MEDIA, "change from .* px in the middle"),
+    ),
     "82 4 gigapixels": (
         show_video_bytes(lambda: patch(make_video("gif", "gif"), GIF_SIZE, b"\xff" * 4)),
         left_out(Reason.MEDIA_SIZE, "px are read"),

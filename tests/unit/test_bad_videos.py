@@ -2,24 +2,20 @@ import contextlib
 import io
 import random
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import pytest
-from PIL import Image
 from video_files import (
     every,
     load_numbers,
     make_audio,
     make_empty_video,
+    make_growing_video,
     make_noise,
     make_video,
     patch,
     patch_box,
     patch_duration,
-    to_frame,
 )
 
 from internvl_core.data import video_source
@@ -115,20 +111,7 @@ def test_most_damage_to_jpegs_is_seen_though_nothing_checks_them(tmp_path: Path,
 
 
 def test_a_size_that_changes_in_the_middle_is_an_error(tmp_path: Path, root: MediaRoot) -> None:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as output:
-        stream: Any = output.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
-        other: Any = av.CodecContext.create("mjpeg", "w")
-        other.width, other.height, other.pix_fmt, other.time_base = 64, 48, "yuvj420p", Fraction(1, 10)
-        for number in range(20):
-            encoder, size = (stream, (32, 32)) if number < 10 else (other, (64, 48))
-            frame = to_frame(Image.new("RGB", size))
-            frame.pts, frame.time_base = number, Fraction(1, 10)
-            for packet in encoder.encode(frame):
-                packet.stream = stream
-                output.mux(packet)
-    (tmp_path / "v").write_bytes(buffer.getvalue())
+    (tmp_path / "v").write_bytes(make_growing_video())
     with pytest.raises(MediaError, match=r"change from \(32, 32\) to \(64, 48\)"):
         load_numbers(root, "v", every(20))
 

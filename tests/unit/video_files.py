@@ -53,6 +53,24 @@ def make_video(
     return buffer.getvalue()
 
 
+def make_growing_video() -> bytes:
+    """Make a video whose pictures grow from 32 x 32 to 64 x 48 in the middle."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as output:
+        stream: Any = output.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        other: Any = av.CodecContext.create("mjpeg", "w")
+        other.width, other.height, other.pix_fmt, other.time_base = 64, 48, "yuvj420p", Fraction(1, 10)
+        for number in range(20):
+            encoder, size = (stream, (32, 32)) if number < 10 else (other, (64, 48))
+            frame = to_frame(Image.new("RGB", size))
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            for packet in encoder.encode(frame):
+                packet.stream = stream
+                output.mux(packet)
+    return buffer.getvalue()
+
+
 def make_gif(path: Path, durations_ms: Sequence[int]) -> None:
     frames = [Image.new("RGB", (32, 32), (SHADE * number,) * 3) for number in range(len(durations_ms))]
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=list(durations_ms))
