@@ -14,6 +14,7 @@ from internvl_core.data.meta import load_meta
 from internvl_core.data.records import ParsedRecord, parse_record
 from internvl_core.data.video import FrameSampling, iter_frames, probe_video
 from internvl_core.errors import ArgumentError, DataError
+from internvl_core.smoke.clips import write_clip
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import WORDS, DigitsSettings, generate_digits
 
@@ -133,6 +134,20 @@ def test_a_clip_shows_its_two_digits_for_four_frames_each(digits: Path) -> None:
 def test_equal_settings_give_equal_bytes(digits: Path, tmp_path: Path) -> None:
     generate_digits(tmp_path / "again", DigitsSettings())
     assert digest_folder(tmp_path / "again") == digest_folder(digits)
+
+
+def test_a_clip_does_not_depend_on_what_lay_in_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        cells = rng.integers(0, 256, (2, 14, 14, 3), dtype=np.uint8)
+        pictures = [Image.fromarray(picture.repeat(8, 0).repeat(8, 1)) for picture in cells]
+        versions = set()
+        for junk in (0, 13, 255):
+            blocks = [np.full(size, junk, dtype=np.uint8) for size in rng.integers(100, 40_000, 200)]
+            del blocks
+            write_clip(tmp_path / "clip.mp4", pictures)
+            versions.add((tmp_path / "clip.mp4").read_bytes())
+        assert len(versions) == 1, number
 
 
 def test_another_seed_gives_another_split(tmp_path: Path) -> None:
