@@ -19,6 +19,7 @@ from internvl_core.argument_values import UnreadableValueError, read_value
 from internvl_core.deepspeed_config import find_built_in, resolve_deepspeed
 from internvl_core.errors import ArgumentError
 from internvl_core.not_built import NOT_BUILT
+from internvl_core.packing_rules import iter_packing_problems
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ RESULT_NEUTRAL = frozenset(
         "hub_revision",
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
         *("log_level", "log_level_replica", "disable_tqdm", "include_num_input_tokens_seen"),
-        *("skip_memory_metrics", "debug", "do_train"),
+        *("skip_memory_metrics", "debug", "do_train", "log_freq"),
         # when it is saved
         *("save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model"),
         "enable_jit_checkpoint",
@@ -55,11 +56,13 @@ RESULT_NEUTRAL = frozenset(
         *("ddp_static_graph", "torch_empty_cache_steps", "auto_find_batch_size"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-        *("grad_checkpoint", "activation_checkpointing", "activation_checkpointing_kwargs"),
+        *("grad_checkpoint", "activation_checkpointing", "activation_checkpointing_kwargs", "packed_attention"),
         # The batch of the greedy answers; the training batch is in global_batch_size.
         "per_device_eval_batch_size",
         # Which samples are bad does not depend on how many are borne.
         "max_bad_fraction",
+        # The loss is the mean over all ranks, whatever this says.
+        "loss_reduction_all_gather",
         # Columns are ours: the trainer keeps what the model needs, whatever this says.
         "remove_unused_columns",
         # transformers 5 has one kind of tokenizer.
@@ -132,6 +135,7 @@ def check_arguments(values: Mapping[str, Any], *, entry: str) -> None:
         *_iter_start_problems(resolved),
         *_iter_trainable_problems(resolved),
         *_iter_data_problems(resolved),
+        *iter_packing_problems(resolved, load_properties(), entry=entry),
         *_iter_training_problems(resolved),
         *_iter_deepspeed_problems(resolved),
         *_iter_not_built_problems(resolved),

@@ -120,19 +120,27 @@ class DataTrainingArguments:
     normalize_type: Literal["imagenet", "clip", "siglip"] = field(
         default="imagenet", metadata=_help("Mean and deviation by which pixels are normalised.")
     )
-    use_packed_ds: bool = field(default=False, metadata=_help("Pack several samples into one sequence."))
+    use_packed_ds: bool = field(
+        default=False, metadata=_help("Pack several samples into one sequence; the pretrain entry always does.")
+    )
     num_images_expected: int = field(default=40, metadata=_help("Most tiles in a pack."))
     max_packed_tokens: int = field(default=8192, metadata=_help("Most tokens in a pack."))
-    max_buffer_size: int = field(default=20, metadata=_help("Packs held open before the fullest is given out."))
+    max_buffer_size: int = field(
+        default=20, metadata=_help("Packs that packer legacy holds open before it gives out the fullest.")
+    )
     log_freq: int = field(default=1000, metadata=_help("Samples between two log lines of the packer."))
     strict_mode: bool = field(default=True, metadata=_help("Pad every pack to its full number of tiles and tokens."))
     replacement: bool = field(default=False, metadata=_help("Start an exhausted data set over."))
     allow_overflow: bool = field(default=False, metadata=_help("Let a pack grow over its limit, then split it."))
     loss_reduction: str = field(
-        default="token", metadata=_help("Weight of a conversation in the loss: token, sample or square.")
+        default="token",
+        metadata=_help(
+            "Weight of a conversation of n learnt tokens in the loss: token n, sample 1, square the root of n."
+        ),
     )
     loss_reduction_all_gather: bool = field(
-        default=False, metadata=_help("Normalise the weighted loss over all ranks.")
+        default=False,
+        metadata=_help("Without effect: the loss is always the mean over all ranks and accumulation steps."),
     )
 
 
@@ -220,6 +228,17 @@ class ExtensionArguments:
     augment_per_tile: bool = field(
         default=False,
         metadata=_help("Draw a JPEG quality for each tile of an image, as the original does, not one for all."),
+    )
+    packer: Literal["balanced", "legacy"] = field(
+        default="balanced",
+        metadata=_help("How packs are made: balanced (of equal cost), or legacy (the original's greedy order)."),
+    )
+    packed_attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = field(
+        default="auto",
+        metadata=_help(
+            "Kernel of the language model's attention within packs: flash_attention_2, varlen (torch's own), sdpa "
+            "(one call a sample), or auto, the first of them that this machine can run."
+        ),
     )
     max_bad_fraction: float = field(
         default=0.01,

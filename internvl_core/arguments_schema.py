@@ -41,6 +41,12 @@ BOUNDS: Mapping[str, Mapping[str, Any]] = {
     "max_dynamic_patch": {"minimum": 1},
     # As in data/templates.py; a test holds the two together.
     "conv_style": {"enum": ["Hermes-2", "internlm2-chat", "internvl2_5", "internvl_zh", "phi3-chat"]},
+    "num_images_expected": {"minimum": 1},
+    "max_packed_tokens": {"minimum": 1},
+    "max_buffer_size": {"minimum": 1},
+    "log_freq": {"minimum": 1},
+    # As in data/loss_weights.py.
+    "loss_reduction": {"enum": ["token", "sample", "square"]},
     "min_num_frame": {"minimum": 1},
     "max_num_frame": {"minimum": 1},
     "max_bad_fraction": {"minimum": 0, "maximum": 1},

@@ -18,7 +18,6 @@ class NotBuilt:
     """The values that work; None: only the default."""
 
 
-_PACKING = "belongs to packing, which is not built yet. Leave it out; finetune pads its batches"
 _EVALUATION = "belongs to evaluation during training. Held-out sets are scored after the stage: give eval_meta_path"
 _HUB = "publishing to the Hub is a task of its own, not built yet. Leave it out; checkpoints go to the store"
 
@@ -28,16 +27,14 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(
         ("use_liger", "use_liger_kernel", "liger_kernel_config"), "Liger's kernels are not built in yet. Leave it out"
     ),
-    NotBuilt(("use_packed_ds",), "packing is not built yet. Leave it out; batches are padded"),
     NotBuilt(
-        ("num_images_expected", "max_packed_tokens", "max_buffer_size", "log_freq", "strict_mode", "replacement"),
-        _PACKING,
+        ("allow_overflow",),
+        "a pack that grew over its limit would be split in the middle of its images, which crashes the original; it will "
+        "not be built. Leave it out",
     ),
-    NotBuilt(("allow_overflow",), "it crashes the original in the middle of a run and will not be built. Leave it out"),
-    NotBuilt(
-        ("loss_reduction", "loss_reduction_all_gather"),
-        "weights per conversation come with packing. The loss is the exact token mean over all ranks: leave it out",
-    ),
+    NotBuilt(("accelerator_config",), "the trainer shares out the data by itself. Leave it out"),
+    NotBuilt(("dataloader_in_order",), "batches out of order make a run that nobody can repeat. Leave it out"),
+    NotBuilt(("average_tokens_across_devices",), "the loss is always the mean over all ranks. Leave it out"),
     NotBuilt(
         ("resume_from_checkpoint",), "a stage resumes by itself from its newest verified checkpoint. Leave it out"
     ),

@@ -303,16 +303,10 @@ def test_a_wrong_combination_is_refused_in_one_line(changes: dict[str, Any], sai
         ("mlp_path", "mlp.pt"),
         ("use_liger", True),
         ("use_liger_kernel", True),
-        ("use_packed_ds", True),
-        ("num_images_expected", 48),
-        ("max_packed_tokens", 16384),
-        ("max_buffer_size", 10),
-        ("log_freq", 10),
-        ("strict_mode", False),
-        ("replacement", True),
         ("allow_overflow", True),
-        ("loss_reduction", "square"),
-        ("loss_reduction_all_gather", True),
+        ("accelerator_config", {"even_batches": False}),
+        ("dataloader_in_order", False),
+        ("average_tokens_across_devices", False),
         ("resume_from_checkpoint", "checkpoint-10"),
         ("load_best_model_at_end", True),
         ("push_to_hub", True),
@@ -354,9 +348,9 @@ def test_an_entry_that_does_not_exist_yet_is_refused(entry: str, said: str) -> N
 
 
 def test_a_check_reports_everything_at_once() -> None:
-    message = refuse({"use_packed_ds": True, "report_to": "wandb"}, entry="mpo")
+    message = refuse({"allow_overflow": True, "max_buffer_size": 7, "report_to": "wandb"}, entry="mpo")
     assert {line.split(":")[0] for line in message.splitlines()} == {
-        *("entry", "model_name_or_path", "meta_path", "report_to", "use_packed_ds")
+        *("entry", "model_name_or_path", "meta_path", "report_to", "allow_overflow", "max_buffer_size")
     }
 
 
@@ -395,6 +389,8 @@ def test_neutral_arguments_and_paths_are_left_out(name: str) -> None:
         *(("freeze_llm", True), ("use_llm_lora", 4), ("max_dynamic_patch", 6), ("max_seq_length", 4096)),
         *(("train_sampling_strategy", "group_by_length"), ("decay_all", False), ("eval_max_new_tokens", 8)),
         *(("drop_path_rate", 0.1), ("lr_scheduler_type", "cosine"), ("warmup_steps", 5), ("optim", "sgd")),
+        *(("use_packed_ds", True), ("num_images_expected", 48), ("max_packed_tokens", 4096), ("packer", "legacy")),
+        *(("strict_mode", False), ("replacement", True), ("loss_reduction", "square")),
     ],
 )
 def test_what_changes_the_result_changes_the_fingerprint(name: str, value: Any) -> None:
