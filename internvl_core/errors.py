@@ -67,6 +67,8 @@ class Reason(enum.StrEnum):
     """The medium makes another number of tiles than the record's width and height say."""
     TOO_LONG = "too_long"
     """More tokens than max_seq_length; left out by policy, not a fault of the record."""
+    TOO_MANY_TILES = "too_many_tiles"
+    """More tiles than num_images_expected, which is what a pack holds; left out by policy as well."""
 
 
 class DataError(InternVLError):

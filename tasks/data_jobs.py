@@ -20,7 +20,7 @@ def list_meta_jobs(stages: Sequence[Stage], *, start_from: str | None) -> list[M
     for stage in stages:
         source = _find_source(stage) or source
         values = resolve_stage(stage, has_parent=not stage.brings_own_weights)
-        job = MetaJob(stage.name, values["meta_path"], values, source)
+        job = MetaJob(stage.name, values["meta_path"], values, source, entry=stage.entry)
         jobs.append(job)
         if values["eval_meta_path"]:
             jobs.append(replace(job, meta_path=values["eval_meta_path"], is_held_out=True))

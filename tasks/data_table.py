@@ -28,7 +28,7 @@ def list_distinct(report: LintReport) -> list[MetaReport]:
     distinct: dict[tuple[object, ...], MetaReport] = {}
     for meta in report.metas:
         indexes = tuple(dataset.index_dir or dataset.annotation for dataset in meta.datasets)
-        key = (indexes, meta.is_held_out, meta.max_seq_length, meta.max_bad_fraction)
+        key = (indexes, meta.is_held_out, meta.max_seq_length, meta.max_tiles, meta.max_bad_fraction)
         known = distinct.get(key)
         distinct[key] = replace(known, title=f"{known.title}, {meta.title}") if known else meta
     return [
@@ -80,6 +80,12 @@ def iter_problem_lines(meta: MetaReport) -> Iterator[str]:
                 f"{_tell_lines(dataset.too_long_lines, dataset.num_too_long)}: more than max_seq_length, "
                 f"{meta.max_seq_length:,}; left out, which is no fault"
             )
+        if dataset.num_too_many_tiles:
+            yield (
+                f"{dataset.name}: {dataset.num_too_many_tiles:,} × too many tiles"
+                f"{_tell_lines(dataset.too_many_tiles_lines, dataset.num_too_many_tiles)}: more than "
+                f"num_images_expected, {meta.max_tiles:,}; left out, which is no fault"
+            )
         if dataset.num_repeated_ids:
             yield f"{dataset.name}: {dataset.num_repeated_ids:,} × id of an earlier record; ids need not differ"
         if not dataset.num_usable:
@@ -124,6 +130,11 @@ def _write_count(count: int | None) -> str:
     return MISSING if count is None else format_count(count)
 
 
+def _write_too_large(dataset: DatasetReport) -> str:
+    is_known = dataset.num_too_long is not None or dataset.num_too_many_tiles is not None
+    return _write_count(dataset.num_too_large if is_known else None)
+
+
 def _write_kinds(dataset: DatasetReport) -> str:
     return " ".join(_KINDS[kind] for kind in dataset.kinds) or MISSING
 
@@ -139,7 +150,7 @@ COLUMNS = (
     Column("kinds", _write_kinds, is_number=False),
     Column("records", lambda dataset: MISSING if dataset.error else f"{dataset.num_records:,}"),
     Column("bad", lambda dataset: MISSING if dataset.error else f"{dataset.num_bad:,}"),
-    Column("too long", lambda dataset: _write_count(dataset.num_too_long)),
+    Column("too large", _write_too_large),
     Column("tokens", lambda dataset: _write_count(dataset.num_tokens)),
     Column("longest", lambda dataset: _write_count(dataset.max_tokens)),
     Column("tiles", lambda dataset: MISSING if dataset.error else format_count(dataset.num_tiles)),

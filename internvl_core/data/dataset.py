@@ -1,7 +1,7 @@
 """Samples for training, read and encoded when asked for.
 
-Stateless apart from its epoch: the same number gives the same sample on every rank and worker. A
-sample that cannot be made comes out as a `BadSample`; it is never replaced by another.
+Stateless: the same id gives the same sample on every rank and worker, at any time. A sample that
+cannot be made comes out as a `BadSample`; it is never replaced by another.
 Shapes: `T` tokens, `K` tiles, `S` side of a tile in px.
 """
 
@@ -45,27 +45,27 @@ class Sample(Prompt):
 
 
 class SupervisedDataset(Dataset["Sample | BadSample"]):
-    """The draws of a mixture, by number."""
+    """The draws of a mixture, by id."""
 
     def __init__(self, mixture: Mixture, encoding: Encoding, pixel_rules: PixelRules, *, max_seq_length: int) -> None:
         self.mixture = mixture
         self._max_seq_length = max_seq_length
-        # Shared, because workers that outlive an epoch hold a copy of the dataset.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         metas = [source.index.meta for source in mixture.sources]
         self._encodings = [encoding.for_dataset(meta) for meta in metas]
         self._pixels = [PixelSource(meta, own, pixel_rules) for meta, own in zip(metas, self._encodings, strict=True)]
 
     def __len__(self) -> int:
+        """Count the draws of an epoch; ids go on beyond it, epoch after epoch."""
         return len(self.mixture)
 
-    def __getitem__(self, number: int) -> Sample | BadSample:
+    def __getitem__(self, id: int) -> Sample | BadSample:
         """Read, decode and encode one draw.
 
         Raises:
+            IndexError: the id is negative.
             AnnotationChanged: the file was edited since it was indexed.
         """
-        draw = self.mixture.locate(number)
+        draw = self.mixture.locate(id)
         index = self.mixture.sources[draw.dataset].index
         where = f"{index.meta.annotation}:{draw.row + 1}"
         try:
@@ -79,17 +79,13 @@ class SupervisedDataset(Dataset["Sample | BadSample"]):
     def dataset_names(self) -> list[str]:
         return [source.index.meta.name for source in self.mixture.sources]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that augmentation and frames are drawn for."""
-        self._epoch.fill_(epoch)
-
     def _load(self, draw: Draw) -> Sample:
         index = self.mixture.sources[draw.dataset].index
         meta = index.meta
         content = parse_record(index.read_line(draw.row), ignore_keys=meta.ignore_keys)
         record = Record(meta.name, meta.annotation, draw.row + 1, content)
         # A pass of a data set that is repeated within an epoch is an epoch of its own to the augmentation.
-        key = f"{self.mixture.seed}/{int(self._epoch)}.{draw.repeat}/{record.sample_id}"
+        key = f"{self.mixture.seed}/{draw.epoch}.{draw.repeat}/{record.sample_id}"
         media = self._pixels[draw.dataset].load(record, key=key)
         encoded = self._encodings[draw.dataset].encode(
             media.turns, media.tile_counts, max_seq_length=self._max_seq_length
@@ -118,19 +114,34 @@ def build_dataset(
     cache_dir: Path,
     max_seq_length: int,
     seed: int,
+    max_tiles: int | None = None,
     by_root_of_size: bool = False,
+    is_endless: bool = False,
 ) -> SupervisedDataset:
     """Open the indexes of a mixture, build those that are missing, and say what they leave out.
+
+    Args:
+        max_tiles: most tiles of a pack; None where samples are not packed.
+        is_endless: a data set that is used up starts again at once, in another order.
 
     Raises:
         DataError: an annotation cannot be read, or nothing of a data set can be trained on.
     """
     indexes = [open_index(meta, encoding, cache_dir) for meta in metas]
-    mixture = Mixture(indexes, seed=seed, max_tokens=max_seq_length, by_root_of_size=by_root_of_size)
+    mixture = Mixture(
+        indexes,
+        seed=seed,
+        max_tokens=max_seq_length,
+        max_tiles=max_tiles,
+        by_root_of_size=by_root_of_size,
+        is_endless=is_endless,
+    )
     for source in mixture.sources:
         left_out = {reason.value: count for reason, count in source.index.problem_counts.items()}
         if source.num_too_long:
             left_out[Reason.TOO_LONG.value] = source.num_too_long
+        if source.num_too_many_tiles:
+            left_out[Reason.TOO_MANY_TILES.value] = source.num_too_many_tiles
         if left_out:
             logger.warning(
                 "%s: %d of %d records are left out: %s. See internvl data check.",

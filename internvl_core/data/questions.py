@@ -14,7 +14,7 @@ from internvl_core.data.annotation import fetch_annotation
 from internvl_core.data.dataset import Prompt
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.meta import DatasetMeta, load_meta
-from internvl_core.data.order import Permutation
+from internvl_core.data.order import build_keys, permute
 from internvl_core.data.pixels import PixelRules, PixelSource
 from internvl_core.data.records import Record, iter_lines, parse_record
 from internvl_core.data.templates import get_template
@@ -51,7 +51,7 @@ def _load_dataset(meta: DatasetMeta, cache_dir: Path) -> list[Question]:
     if meta.length is not None and meta.length != len(questions):
         raise DataError(f"{meta.annotation}: has {len(questions)} records, but length is {meta.length}. Correct one.")
     passes, extra = meta.count_samples(len(questions))
-    subset = Permutation(len(questions), f"subset/{meta.name}").take(np.arange(extra))
+    subset = permute(np.arange(extra), np.array(len(questions)), build_keys([f"subset/{meta.name}"]))
     return questions * passes + [questions[position] for position in sorted(subset.tolist())]
 
 

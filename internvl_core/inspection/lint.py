@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class _Linter:
             max_seq_length=job.values["max_seq_length"],
             max_bad_fraction=job.values["max_bad_fraction"],
             datasets=[self._lint_dataset(meta, encoding, job) for meta in load_meta(job.meta_path)],
+            max_tiles=job.max_tiles,
         )
 
     def _build_encoding(self, job: MetaJob) -> Encoding:
@@ -102,10 +104,9 @@ class _Linter:
             return DatasetReport(meta.name, meta.annotation, error=str(error))
         seconds = time.monotonic() - started
         has_tokens = encoding.encoder is not None
-        max_tokens = job.values["max_seq_length"]
         # A held-out question is asked however long it is.
-        is_limited = has_tokens and not job.is_held_out
-        num_too_long, too_long_lines = _find_too_long(index, max_tokens) if is_limited else (None, [])
+        max_tokens = job.values["max_seq_length"] if has_tokens and not job.is_held_out else None
+        too_long, too_many_tiles = _find_too_large(index, max_tokens, job.max_tiles)
         return DatasetReport(
             name=meta.name,
             annotation=meta.annotation,
@@ -113,8 +114,10 @@ class _Linter:
             num_samples=index.num_samples,
             num_tokens=_sum(index.tokens) if has_tokens else None,
             max_tokens=int(index.tokens.max(initial=0)) if has_tokens else None,
-            num_too_long=num_too_long,
-            too_long_lines=too_long_lines,
+            num_too_long=None if max_tokens is None else too_long.count,
+            too_long_lines=too_long.lines,
+            num_too_many_tiles=None if job.max_tiles is None else too_many_tiles.count,
+            too_many_tiles_lines=too_many_tiles.lines,
             num_tiles=_sum(index.tiles),
             kinds=dict(index.kind_counts),
             findings=_list_findings(index),
@@ -195,15 +198,31 @@ def _find_lines(status: NDArray[np.uint8], value: int) -> list[int]:
     return lines
 
 
-def _find_too_long(index: DatasetIndex, max_tokens: int) -> tuple[int, list[int]]:
-    num_fitting = 0
-    lines: list[int] = []
+@dataclass
+class _Lines:
+    """Lines of one kind: how many, and the first of them."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+
+    def add(self, is_found: NDArray[np.bool_], start: int) -> None:
+        self.count += int(is_found.sum())
+        self.lines += (np.flatnonzero(is_found)[: NUM_LINES_SHOWN - len(self.lines)] + start + 1).tolist()
+
+
+def _find_too_large(index: DatasetIndex, max_tokens: int | None, max_tiles: int | None) -> tuple[_Lines, _Lines]:
+    """Find samples that are too long, and others that have too many tiles, as the mixture leaves them out."""
+    too_long, too_many_tiles = _Lines(), _Lines()
     for start in range(0, index.num_lines, _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        is_sample, is_long = index.status[block] == SAMPLE, index.tokens[block] > max_tokens
-        num_fitting += int((is_sample & ~is_long).sum())
-        lines += (np.flatnonzero(is_sample & is_long)[: NUM_LINES_SHOWN - len(lines)] + start + 1).tolist()
-    return index.num_samples - num_fitting, lines
+        is_left = index.status[block] == SAMPLE
+        if max_tokens is not None:
+            is_long = index.tokens[block] > max_tokens
+            too_long.add(is_left & is_long, start)
+            is_left &= ~is_long
+        if max_tiles is not None:
+            too_many_tiles.add(is_left & (index.tiles[block] > max_tiles), start)
+    return too_long, too_many_tiles
 
 
 def _sum(column: NDArray[Any]) -> int:

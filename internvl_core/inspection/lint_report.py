@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from internvl_core.packing_rules import is_packed
+
 ALL_MEDIA = -1
 """Decode every medium, not a pick of them."""
 
@@ -34,6 +36,15 @@ class MetaJob:
     source: TokenizerSource | None
     """None looks at form and tiles only: tokens are not counted."""
     is_held_out: bool = False
+    entry: str = "finetune"
+    """Of the stage; without a recipe there is none, and `use_packed_ds` alone says whether samples are packed."""
+
+    @property
+    def max_tiles(self) -> int | None:
+        """What a pack of the stage holds; None where samples are not packed, as held-out ones never are."""
+        if self.is_held_out or not is_packed(self.values, entry=self.entry):
+            return None
+        return int(self.values["num_images_expected"])
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -102,13 +113,16 @@ class DatasetReport:
     """Why the data set cannot be read at all; then nothing below is known."""
     num_records: int = 0
     num_samples: int = 0
-    """Records that are sound, over-long ones included."""
+    """Records that are sound, those that are too large included."""
     num_tokens: int | None = None
     """Of all samples, image tokens included; None without a tokenizer, here and in the next."""
     max_tokens: int | None = None
     num_too_long: int | None = None
     """Samples with more tokens than max_seq_length, which are left out of training; None also for held-out sets."""
     too_long_lines: list[int] = field(default_factory=list)
+    num_too_many_tiles: int | None = None
+    """Samples, not too long, with more tiles than a pack holds, which are left out too; None where none is packed."""
+    too_many_tiles_lines: list[int] = field(default_factory=list)
     num_tiles: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     """Samples by kind: text, image, multi_image, video."""
@@ -133,7 +147,12 @@ class DatasetReport:
     @property
     def num_usable(self) -> int:
         """Samples that a stage trains on."""
-        return self.num_samples - (self.num_too_long or 0)
+        return self.num_samples - self.num_too_large
+
+    @property
+    def num_too_large(self) -> int:
+        """Sound samples that are left out by policy."""
+        return (self.num_too_long or 0) + (self.num_too_many_tiles or 0)
 
     @property
     def all_findings(self) -> list[Finding]:
@@ -142,7 +161,7 @@ class DatasetReport:
 
     @property
     def has_errors(self) -> bool:
-        """A person should mend something. Over-long samples are no error unless nothing else is left."""
+        """A person should mend something. Samples that are too large are no error unless nothing else is left."""
         return self.error is not None or bool(self.all_findings) or self.num_usable == 0
 
     @classmethod
@@ -166,6 +185,8 @@ class MetaReport:
     max_seq_length: int
     max_bad_fraction: float
     datasets: Sequence[DatasetReport]
+    max_tiles: int | None = None
+    """What a pack holds; None where samples are not packed."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

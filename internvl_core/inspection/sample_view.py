@@ -71,6 +71,8 @@ class SampleView:
     line: int
     raw: bytes
     max_seq_length: int
+    max_tiles: int | None
+    """What a pack holds; None where the stage does not pack."""
     content: ParsedRecord | None = None
     """None where the line is no record."""
     turns: Sequence[Turn] = ()
@@ -99,15 +101,24 @@ class SampleView:
 
 
 def view_sample(
-    meta: DatasetMeta, line: int, raw: bytes, *, encoding: Encoding, rules: PixelRules, seed: int, max_seq_length: int
+    meta: DatasetMeta,
+    line: int,
+    raw: bytes,
+    *,
+    encoding: Encoding,
+    rules: PixelRules,
+    seed: int,
+    max_seq_length: int,
+    max_tiles: int | None = None,
 ) -> SampleView:
     """Take one line apart, as far as it goes; what is wrong is told and not raised.
 
     Args:
         encoding: the data set's own.
         seed: draws the frames of a video, here those of the first epoch.
+        max_tiles: what a pack holds; None where the stage does not pack.
     """
-    view = SampleView(meta, line, raw, max_seq_length)
+    view = SampleView(meta, line, raw, max_seq_length, max_tiles)
     try:
         content = parse_record(raw, ignore_keys=meta.ignore_keys)
     except DataError as error:
@@ -125,19 +136,25 @@ def view_sample(
             view = replace(view, tokens=_list_tokens(media, encoding, encoding.encoder))
         if isinstance(measure, Measure):
             check_tiles(view.num_tiles, measure.num_tiles)
-        _check_length(view)
+        _check_size(view)
     except DataError as error:
         problems.append(error)
     # What index and decoder say alike is said once.
     return replace(view, problems=list({str(problem): problem for problem in problems}.values()))
 
 
-def _check_length(view: SampleView) -> None:
+def _check_size(view: SampleView) -> None:
     if view.num_tokens > view.max_seq_length:
         raise DataError(
             f"{view.num_tokens} tokens, but max_seq_length is {view.max_seq_length}. Lower max_dynamic_patch, split "
             "the record, or raise max_seq_length.",
             reason=Reason.TOO_LONG,
+        )
+    if view.max_tiles is not None and view.num_tiles > view.max_tiles:
+        raise DataError(
+            f"{view.num_tiles} tiles, but a pack holds num_images_expected, {view.max_tiles}. Lower max_dynamic_patch "
+            "or max_num_frame, split the record, or raise num_images_expected.",
+            reason=Reason.TOO_MANY_TILES,
         )
 
 

@@ -46,6 +46,7 @@ def show(job: ShowJob) -> ShowReport:
         rules=PixelRules.from_arguments(values),
         seed=values["seed"] if values["data_seed"] is None else values["data_seed"],
         max_seq_length=values["max_seq_length"],
+        max_tiles=job.meta.max_tiles,
     )
     path = Path(job.out_path or f"{meta.name.replace('/', '-')}-{job.line}.html").absolute()
     try:

@@ -32,6 +32,7 @@ PLAIN_WORDS = {
     Reason.MEDIA_SIZE: "A picture or a video is absurdly small, large, long or thin.",
     Reason.SIZE_MISMATCH: "The picture is not as large as the record says.",
     Reason.TOO_LONG: "The sample is longer than the stage's limit. That is no fault; it is left out.",
+    Reason.TOO_MANY_TILES: "The sample has more tiles than a pack holds. That is no fault; it is left out.",
 }
 
 _KINDS = {"text": "text", "image": "image", "multi_image": "images", "video": "video"}
@@ -82,7 +83,8 @@ def _write_counts(view: SampleView) -> Iterator[str]:
         yield _write_count("Learnt", f"{view.num_learnt:,}", f"{share:.1%} of the tokens")
     if view.pictures:
         things = "frames" if view.content.video else "images" if len(view.pictures) > 1 else "image"
-        yield _write_count("Tiles", f"{view.num_tiles:,}", f"from {len(view.pictures)} {things}")
+        limit = "" if view.max_tiles is None else f", of at most {view.max_tiles:,}"
+        yield _write_count("Tiles", f"{view.num_tiles:,}", f"from {len(view.pictures)} {things}{limit}")
         yield _write_count("Image tokens", f"{view.num_image_tokens:,}", _tell_rate(view))
 
 

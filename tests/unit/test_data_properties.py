@@ -87,6 +87,7 @@ def write_pictures(folder: Path, content: dict[str, Any]) -> None:
     tokenizer=st.sampled_from(["qwen", "llama"]),
     prompts=st.tuples(st.none() | texts, st.none() | texts),
     max_dynamic_patch=st.none() | st.integers(1, 16),
+    epoch=st.integers(0, 10**9),
 )
 @settings(max_examples=60)
 def test_the_index_counts_what_is_encoded_and_cut(
@@ -96,6 +97,7 @@ def test_the_index_counts_what_is_encoded_and_cut(
     tokenizer: str,
     prompts: tuple[str | None, str | None],
     max_dynamic_patch: int | None,
+    epoch: int,
 ) -> None:
     encoding = Encoding(load_encoder(tokenizer), tiling, FRAMES, conv_style, TOKENS_PER_TILE, prompts[0])
     with tempfile.TemporaryDirectory() as name:
@@ -111,7 +113,7 @@ def test_the_index_counts_what_is_encoded_and_cut(
         index = dataset.mixture.sources[0].index
         assert index.problem_counts == {}
         for row in range(len(contents)):
-            sample = dataset[row]
+            sample = dataset[epoch * len(dataset) + row]
             assert not isinstance(sample, BadSample), sample.message
             assert index.tokens[row] == len(sample["input_ids"])
             assert index.tiles[row] == len(sample["tiles"])

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ CONTEXT_ID = TOKENIZER.convert_tokens_to_ids(IMAGE_CONTEXT)
 RULES = PixelRules("imagenet")
 
 
-def build(path: Path, *, max_seq_length: int = 512, seed: int = 0, rules: PixelRules = RULES) -> SupervisedDataset:
+def build(
+    path: Path, *, max_seq_length: int = 512, seed: int = 0, rules: PixelRules = RULES, **options: Any
+) -> SupervisedDataset:
     return build_dataset(
         load_meta(path),
         build_encoding(),
@@ -28,6 +31,7 @@ def build(path: Path, *, max_seq_length: int = 512, seed: int = 0, rules: PixelR
         cache_dir=path.parent / "cache",
         max_seq_length=max_seq_length,
         seed=seed,
+        **options,
     )
 
 
@@ -82,11 +86,10 @@ def test_a_datasets_own_system_prompt_and_chat_format_are_used(tmp_path: Path) -
 def test_augmentation_differs_by_epoch_and_repeats_exactly(tmp_path: Path, rules: PixelRules) -> None:
     path = write_meta(tmp_path, {"pets": [record("1.png")] * 8}, data_augment=True)
     dataset, again = build(path, rules=rules), build(path, rules=rules)
-    first = torch.stack([get(dataset, number)["tiles"] for number in range(8)])
-    dataset.set_epoch(1)
-    second = torch.stack([get(dataset, number)["tiles"] for number in range(8)])
+    first, second = (torch.stack([get(dataset, id)["tiles"] for id in ids]) for ids in (range(8), range(8, 16)))
     assert not torch.equal(first, second)
-    assert torch.equal(first, torch.stack([get(again, number)["tiles"] for number in range(8)]))
+    for id in range(15, -1, -1):
+        assert torch.equal(torch.cat([first, second])[id], get(again, id)["tiles"])
 
 
 def test_a_pass_within_an_epoch_is_augmented_anew(tmp_path: Path) -> None:
@@ -95,22 +98,34 @@ def test_a_pass_within_an_epoch_is_augmented_anew(tmp_path: Path) -> None:
     assert not torch.equal(tiles[:4], tiles[4:])
 
 
-def test_workers_that_outlive_an_epoch_hear_of_the_next(tmp_path: Path) -> None:
-    dataset = build(write_meta(tmp_path, {"b": [record("1.png")]}, data_augment=True))
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
-    )
-    tiles = []
-    for epoch in (0, 1):
-        dataset.set_epoch(epoch)
-        tiles.append(next(iter(loader))["tiles"])
-    assert not tiles[0].equal(tiles[1])
+def test_workers_give_what_the_id_says_whatever_they_gave_before(tmp_path: Path) -> None:
+    dataset = build(write_meta(tmp_path, {"b": [record("1.png")] * 2}, data_augment=True))
+    ids = [5, 0, 1_000_000, 4, 5]
+    loader = DataLoader(dataset, sampler=ids, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    samples = list(loader)
+    for id, sample in zip(ids, samples, strict=True):
+        assert torch.equal(sample["tiles"], get(dataset, id)["tiles"])
+    assert torch.equal(samples[0]["tiles"], samples[4]["tiles"])
+    assert not torch.equal(samples[0]["tiles"], samples[3]["tiles"])
+
+
+def test_a_pass_of_an_endless_data_set_is_augmented_anew(tmp_path: Path) -> None:
+    dataset = build(write_meta(tmp_path, {"b": [record("1.png")]}, data_augment=True), is_endless=True)
+    ids = list(itertools.islice(dataset.mixture.iter_ids(0), 4))
+    tiles = [get(dataset, id)["tiles"] for id in ids]
+    assert any(not torch.equal(tiles[0], other) for other in tiles[1:])
 
 
 def test_what_the_index_leaves_out_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [record(), "broken", record(answer="long " * 200)]
     assert len(build(write_meta(tmp_path, {"pets": records}), max_seq_length=300)) == 1
     assert "pets: 2 of 3 records are left out: 1 not_json, 1 too_long" in caplog.text
+
+
+def test_samples_that_no_pack_holds_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = build(write_meta(tmp_path, {"pets": [record("0.png"), record("1.png"), record("1.png")]}), max_tiles=6)
+    assert [get(dataset, id)["sample_id"] for id in range(len(dataset))] == ["pets:1"]
+    assert "pets: 2 of 3 records are left out: 2 too_many_tiles" in caplog.text
 
 
 def test_a_bad_image_is_named_with_its_record_and_not_replaced(tmp_path: Path) -> None:

@@ -16,14 +16,19 @@ from internvl_core.checkpoint.store import StageStore
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.index import open_index
 from internvl_core.data.meta import load_meta
+from internvl_core.data.mixture import Source
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, DataError
 from internvl_core.inspection import lint as lint_module
 from internvl_core.inspection.lint import count_repeated_ids, lint
 from internvl_core.inspection.lint_report import DatasetReport, Finding, LintJob, LintReport, MetaJob, TokenizerSource
+from internvl_core.inspection.show import show
+from internvl_core.inspection.show_job import ShowJob
+from internvl_core.inspection.tokenizer_source import load_encoder
 from internvl_core.model.load import LoadedModel, build_model
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
+from tasks.data_table import COLUMNS, data_rows, iter_problem_lines, list_distinct
 
 TOKENIZER = TokenizerSource(str(Path(__file__).parents[1] / "data" / "tokenizer"))
 # One token a tile, with the usual patch of 14 px.
@@ -40,10 +45,15 @@ NO_ANSWER = {"conversations": [{"from": "human", "value": "Q"}]}
 
 
 def build_job(
-    path: Path, *, source: TokenizerSource | None = TOKENIZER, is_held_out: bool = False, **settings: Any
+    path: Path,
+    *,
+    source: TokenizerSource | None = TOKENIZER,
+    is_held_out: bool = False,
+    entry: str = "finetune",
+    **settings: Any,
 ) -> MetaJob:
     values = resolve_arguments({**SETTINGS, **settings, "meta_path": str(path)})
-    return MetaJob("stage1", str(path), values, source, is_held_out)
+    return MetaJob("stage1", str(path), values, source, is_held_out, entry)
 
 
 def run(
@@ -96,6 +106,64 @@ def test_samples_that_are_too_long_are_no_error_while_others_are_left(tmp_path: 
 def test_a_held_out_question_may_be_of_any_length(tmp_path: Path) -> None:
     found = run_one(write_meta(tmp_path, {"pets": [record()]}), is_held_out=True, max_seq_length=8)
     assert (found.num_too_long, found.has_errors) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_packed"),
+    [
+        ({"entry": "pretrain"}, True),
+        ({"use_packed_ds": True}, True),
+        ({}, False),
+        ({"entry": "pretrain", "is_held_out": True}, False),
+        ({"entry": "pretrain", "source": None}, True),
+    ],
+)
+def test_samples_that_no_pack_holds_are_told_where_the_stage_packs(
+    tmp_path: Path, settings: dict[str, Any], is_packed: bool
+) -> None:
+    path = write_meta(tmp_path, {"pets": [record("0.png"), record("1.png"), record("1.png")]})
+    found = run_one(path, num_images_expected=6, **settings)
+    assert found.num_too_many_tiles == (2 if is_packed else None)
+    assert found.too_many_tiles_lines == ([2, 3] if is_packed else [])
+    assert (found.num_usable, found.has_errors) == (1 if is_packed else 3, False)
+
+
+def test_what_no_pack_holds_is_told_with_its_lines_and_the_limit(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, {"pets": [record("0.png"), record("1.png"), record(answer="long " * 400)]})
+    jobs = [build_job(path, entry=entry, num_images_expected=6) for entry in ("pretrain", "finetune")]
+    metas = list_distinct(lint(LintJob(str(tmp_path / "cache"), jobs)))
+    # They read the same index, but leave out different samples.
+    assert len(metas) == 2
+    too_long = "pets: 1 × too long (line 3): more than max_seq_length, 256; left out, which is no fault"
+    too_many = "pets: 1 × too many tiles (line 2): more than num_images_expected, 6; left out, which is no fault"
+    assert [list(iter_problem_lines(meta)) for meta in metas] == [[too_long, too_many], [too_long]]
+    place = [column.title for column in COLUMNS].index("too large")
+    assert [data_rows(meta)[0][place] for meta in metas] == ["2", "1"]
+
+
+def test_a_sample_that_no_pack_holds_is_shown_as_left_out(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, {"pets": [record("1.png")]})
+    job = build_job(path, entry="pretrain", num_images_expected=6)
+    report = show(ShowJob(job, None, 1, str(tmp_path / "page.html"), str(tmp_path / "cache")))
+    assert (report.problem or "").startswith("7 tiles, but a pack holds num_images_expected, 6.")
+    assert "more tiles than a pack holds" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_check_counts_what_the_mixture_leaves_out(tmp_path: Path) -> None:
+    long = {"answer": "long " * 400}
+    records = [record(), record(**long), record("1.png"), record("1.png", **long), MISSPELT]
+    path = write_meta(tmp_path, {"pets": records})
+    found = run_one(path, num_images_expected=6, entry="pretrain")
+    encoder = load_encoder(TOKENIZER, tmp_path / "cache")
+    encoding = Encoding.from_arguments(build_job(path).values, encoder=encoder, tokens_per_tile=1)
+    (meta,) = load_meta(path)
+    source = Source(open_index(meta, encoding, tmp_path / "cache"), max_tokens=256, max_tiles=6)
+    assert str(source.index.directory) == found.index_dir
+    assert (found.num_too_long, found.too_long_lines) == (source.num_too_long, [2, 4])
+    assert (found.num_too_many_tiles, found.too_many_tiles_lines) == (source.num_too_many_tiles, [3])
+    assert found.num_usable == len(source.rows) == 1
+    left = run_one(write_meta(tmp_path, {"pets": records[1:4]}), num_images_expected=6, entry="pretrain")
+    assert (left.num_usable, left.has_errors) == (0, True)
 
 
 def test_a_data_set_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:

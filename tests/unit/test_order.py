@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_core.data.order import Interleave, Permutation
+from internvl_core.data.order import ENDLESS, Interleave, build_keys, derive_keys, permute
 
 
 def list_order(interleave: Interleave, start: int = 0) -> list[tuple[int, int]]:
@@ -19,24 +19,57 @@ def list_order(interleave: Interleave, start: int = 0) -> list[tuple[int, int]]:
     ]
 
 
+def take_order(interleave: Interleave, count: int, start: int = 0) -> list[tuple[int, int]]:
+    order: list[tuple[int, int]] = []
+    for sources, draws in interleave.iter_blocks(start):
+        order += zip(sources.tolist(), draws.tolist(), strict=True)
+        if len(order) >= count:
+            break
+    return order[:count]
+
+
+def permute_all(size: int, key: str) -> list[int]:
+    elements: list[int] = permute(np.arange(size), np.array(size), build_keys([key])).tolist()
+    return elements
+
+
 @given(st.integers(1, 5000), st.text(max_size=8))
 def test_a_permutation_gives_every_element_once(size: int, key: str) -> None:
-    assert sorted(Permutation(size, key).take(np.arange(size)).tolist()) == list(range(size))
+    assert sorted(permute_all(size, key)) == list(range(size))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20))
+def test_many_permutations_at_once_are_those_of_each_alone(sizes: list[int]) -> None:
+    keys = build_keys([str(number) for number in range(len(sizes))])
+    positions = np.concatenate([np.arange(size) for size in sizes])
+    together = permute(positions, np.repeat(sizes, sizes), np.repeat(keys, sizes)).tolist()
+    assert together == [element for number, size in enumerate(sizes) for element in permute_all(size, str(number))]
 
 
 def test_permutations_of_different_keys_have_nothing_in_common() -> None:
-    first, second = (Permutation(10_000, key).take(np.arange(10_000)) for key in ("1/0/pets/0", "1/1/pets/0"))
+    first, second = (np.array(permute_all(10_000, key)) for key in ("1/0/pets/0", "1/1/pets/0"))
     # Two independent permutations agree in one place on the average.
     assert int((first == second).sum()) < 10
     assert abs(float(np.corrcoef(first, np.arange(10_000))[0, 1])) < 0.05
 
 
-def test_a_permutation_of_ten_million_is_not_held() -> None:
-    permutation = Permutation(10_000_000, "key")
-    held = sum(value.nbytes for value in vars(permutation).values() if isinstance(value, np.ndarray))
-    assert held < 1000
-    taken = permutation.take(np.arange(9_999_000, 10_000_000))
+@pytest.mark.parametrize(("size", "num_orders"), [(2, 2), (3, 6), (4, 24), (5, 120)])
+def test_every_order_of_a_few_elements_is_about_as_frequent_as_any_other(size: int, num_orders: int) -> None:
+    num_keys = 500 * num_orders
+    numbers = np.repeat(np.arange(num_keys), size)
+    keys = derive_keys(build_keys(["key"]), numbers)
+    orders = permute(np.tile(np.arange(size), num_keys), np.array(size), keys).reshape(-1, size)
+    counts = Counter(map(tuple, orders.tolist()))
+    assert len(counts) == num_orders
+    assert min(counts.values()) > 330
+    assert max(counts.values()) < 750
+
+
+def test_places_of_a_permutation_of_ten_million_are_taken_alone() -> None:
+    taken = permute(np.arange(9_999_000, 10_000_000), np.array(10_000_000), build_keys(["key"]))
     assert len(set(taken.tolist())) == 1000
+    assert taken.max() < 10_000_000
+    assert taken.max() - taken.min() > 9_000_000
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.data())
@@ -51,11 +84,35 @@ def test_an_interleave_gives_every_draw_once_and_each_source_in_its_order(
         assert [draw for which, draw in order if which == source] == list(range(size))
 
 
-@given(st.integers(0, 12_000))
-@settings(max_examples=40)
+@given(st.integers(0, 48_100))
+@settings(max_examples=20, deadline=None)
 def test_an_interleave_goes_on_from_any_draw(start: int) -> None:
-    interleave = Interleave([9000, 2990, 10], [9000, 2990, 10], "key")
+    interleave = Interleave([36_000, 11_990, 10], [36_000, 11_990, 10], "key")
     assert list_order(interleave, start) == list_order(interleave)[start:]
+
+
+@given(st.integers(0, 10**12), st.integers(0, 40_000), st.lists(st.floats(0.001, 1000), min_size=1, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_an_endless_interleave_goes_on_from_any_draw(start: int, later: int, rates: list[float]) -> None:
+    interleave = Interleave([ENDLESS] * len(rates), rates, "key")
+    order = take_order(interleave, later + 100, start)
+    assert take_order(interleave, 100, start + later) == order[later:]
+    for source in range(len(rates)):
+        draws = [draw for which, draw in order if which == source]
+        assert draws == list(range(draws[0], draws[0] + len(draws)) if draws else [])
+
+
+def test_an_endless_interleave_begins_with_the_first_draw_of_each_source() -> None:
+    order = take_order(Interleave([ENDLESS] * 3, [500, 3, 0.1], "key"), 50_000)
+    counts = Counter(source for source, _ in order)
+    assert len(counts) == 3
+    assert set(order) == {(source, draw) for source, count in counts.items() for draw in range(count)}
+
+
+def test_an_endless_interleave_holds_nothing_that_grows() -> None:
+    interleave = Interleave([ENDLESS] * 3, [500, 3, 0.01], "key")
+    take_order(interleave, 1, 10**12)
+    assert sum(value.nbytes for value in vars(interleave).values() if isinstance(value, np.ndarray)) < 1000
 
 
 def test_every_stretch_of_the_epoch_has_each_source_by_its_rate() -> None:
@@ -92,5 +149,5 @@ def test_a_source_that_is_left_over_is_drawn_as_fast_as_the_others() -> None:
     interleave = Interleave([50_000] * 200, [1.0] * 199 + [0.001], "key")
     blocks = [len(sources) for sources, _ in interleave.iter_blocks()]
     assert sum(blocks) == 200 * 50_000
-    assert min(blocks[:-1]) > 3000
-    assert max(blocks) < 6000
+    assert min(blocks[:-1]) > 15_000
+    assert max(blocks) < 18_000
