@@ -1,10 +1,11 @@
 """Transformers' native InternVL, made fit for training.
 
 Adds what the native class lacks and nothing else: stochastic depth in the vision tower, a
-vision tower that is in evaluation mode whenever nothing of it learns, and a dummy tile for
-batches without images. Checkpoints stay plain native InternVL folders.
+vision tower that is in evaluation mode whenever nothing of it learns, a dummy tile for
+batches without images, packs, and a weighted loss. Checkpoints stay plain native InternVL folders.
 
-Shapes: `B` sequences, `T` tokens, `K` tiles, `S` pixels of a tile's side, `D` width of the language model.
+Shapes: `B` sequences, `T` tokens, `N` segments of a pack, `K` tiles, `S` pixels of a tile's side,
+`D` width of the language model, `P` positions that are learnt, `V` tokens of the vocabulary.
 """
 
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
+
+from internvl_core.errors import ArgumentError, DataError, Reason
+from internvl_core.model.attention import list_packed_kwargs
 
 
 class InternVLForTraining(InternVLForConditionalGeneration):
@@ -29,27 +34,101 @@ class InternVLForTraining(InternVLForConditionalGeneration):
             vision_tower.eval()
         return self
 
-    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the native forward; while training, a batch without tiles still touches the vision tower.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        loss_normalizer: Tensor | float | None = None,
+        cu_seq_lens: Tensor | None = None,
+        max_seq_len: int | None = None,
+        num_tiles: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the native forward, or with weights only as much of it as the weighted loss needs.
 
-        Under DDP and ZeRO every rank has to compute the same parameters in each step. The features of
-        the dummy tile [1, 3, S, S] enter the loss multiplied by zero.
+        While training, a batch without tiles still touches the vision tower: under DDP and ZeRO every rank
+        has to compute the same parameters in each step. The features of the dummy tile [1, 3, S, S] enter the
+        loss multiplied by zero.
 
         Args:
-            input_ids: [B, T].
+            input_ids: [B, T]; B is 1 for a pack.
             pixel_values: normalised tiles [K, 3, S, S], in the order of their placeholders; None for no tile.
+            labels: [B, T]; position t holds what t-1 predicts.
+            loss_weights: [B, T], float32, where the labels are. None is the native loss, the mean over the labels.
+            loss_normalizer: what the weighted sum is divided by; None means 1, and so does 0, the sum of the
+                weights where nothing is learnt.
+            cu_seq_lens: [N+1], int32; where each segment of a pack begins, and T. None if it is no pack.
+            max_seq_len: of the longest segment.
+            num_tiles: tiles that have placeholders; the rest of K is padding. None means all. With weights only.
             **kwargs: as in the native class.
+
+        Returns:
+            The native output; with weights it holds the loss alone, no logits.
+
+        Raises:
+            DataError: there are more or fewer image tokens than the tiles make. With weights only; else ValueError.
+            ArgumentError: a pack, but `use_packed_attention` was not called; or weights that are not float32.
         """
-        output = super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
+        if cu_seq_lens is not None:
+            assert max_seq_len is not None
+            kwargs |= list_packed_kwargs(self, cu_seq_lens, max_seq_len)
+        if loss_weights is not None:
+            assert input_ids is not None
+            assert labels is not None
+            loss = self._compute_weighted_loss(input_ids, pixel_values, labels, loss_weights, num_tiles, kwargs)
+            return InternVLCausalLMOutputWithPast(loss=_divide(loss, loss_normalizer))
+        output = super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
         if self.training and pixel_values is None and output.loss is not None:
-            output.loss = output.loss + 0.0 * self._dummy_features().sum()
+            output.loss = output.loss + 0.0 * self._project(self._make_dummy_tile()).sum()
         return output
 
-    def _dummy_features(self) -> Tensor:
-        height, width = self.config.vision_config.image_size
-        tile = torch.zeros(1, self.config.vision_config.num_channels, height, width, device=self.device)
-        features: Tensor = self.get_image_features(pixel_values=tile, return_dict=True).pooler_output
+    def _compute_weighted_loss(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        labels: Tensor,
+        loss_weights: Tensor,
+        num_tiles: int | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Sum weight x cross entropy. Where nothing is learnt the sum is 0 and every gradient zero, not absent (F7)."""
+        if loss_weights.dtype != torch.float32:
+            raise ArgumentError(
+                f"loss_weights are {loss_weights.dtype}, not float32: rounded, they no longer sum to the normaliser. "
+                "Move them to the device without casting."
+            )
+        # What the host has to know, asked for before the device has work queued that it would wait for.
+        image_places = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
+        rows, columns = (loss_weights[:, 1:] > 0).nonzero(as_tuple=True)
+        if pixel_values is None and self.training:
+            pixel_values, num_tiles = self._make_dummy_tile(), 0
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            _check_image_tokens(len(image_places[0]), 0, self.config.image_seq_length)
+        else:
+            features = self._project(pixel_values)
+            tiles = features[:num_tiles]
+            _check_image_tokens(len(image_places[0]), len(tiles), features.shape[1])
+            # Even if there is none to put: ranks of ZeRO-3 must walk the same graph backward, towers included.
+            embeddings = embeddings.index_put(image_places, tiles.flatten(0, 1).to(embeddings.dtype))
+        native = {**kwargs, "inputs_embeds": embeddings, "use_cache": False}
+        hidden = self.model(**native).last_hidden_state
+        # Only what is learnt reaches the head: the logits of a whole pack are gigabytes (F20).
+        logits = self.lm_head(hidden[rows, columns])
+        losses = nn.functional.cross_entropy(logits.float(), labels[rows, columns + 1], reduction="none")
+        return (losses * loss_weights[rows, columns + 1]).sum()
+
+    def _project(self, pixel_values: Tensor) -> Tensor:
+        """Compute what the language model sees of tiles: [K, tokens of a tile, D]."""
+        features: Tensor = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
         return features
+
+    def _make_dummy_tile(self) -> Tensor:
+        height, width = self.config.vision_config.image_size
+        return torch.zeros(1, self.config.vision_config.num_channels, height, width, device=self.device)
 
 
 # Saved folders must load with plain transformers: it writes the class's name into config.json, and
@@ -70,6 +149,23 @@ def add_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
         if layer_rate > 0:
             layer.attention.register_forward_hook(_DropPath(layer_rate))
             layer.mlp.register_forward_hook(_DropPath(layer_rate))
+
+
+def _check_image_tokens(num_image_tokens: int, num_tiles: int, tokens_per_tile: int) -> None:
+    # Features of another number would land in other samples' places (F5).
+    if num_image_tokens != num_tiles * tokens_per_tile:
+        raise DataError(
+            f"{num_image_tokens} image tokens, but {num_tiles} tiles x {tokens_per_tile} tokens = "
+            f"{num_tiles * tokens_per_tile}. The texts and the tiles of this batch do not belong together.",
+            reason=Reason.SIZE_MISMATCH,
+        )
+
+
+def _divide(loss: Tensor, normalizer: Tensor | float | None) -> Tensor:
+    if normalizer is None:
+        return loss
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return loss / torch.where(divisor > 0, divisor, 1.0)
 
 
 class _DropPath:
