@@ -1,0 +1,169 @@
+"""What is decided from the data before the first pack: the cap on cost, and whether steps are grouped by it.
+
+Where samples are small beside a pack, all packs can cost the same. Where they are not (videos that
+fill a pack, a text whose attention costs more than a full pack of short ones), packs of like cost
+are put into the same step instead. Both are decided once, by making some packs to try, and kept
+in the state: the same packs follow after every resume.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_core.data.balanced_packer import COST_UNITS, BalancedPacker, choose_window
+from internvl_core.data.legacy_packer import LegacyPacker
+from internvl_core.data.packs import Pack, Packer, SizeFeed
+from internvl_core.data.sizes import PackLimits, SampleCost, SampleStream, SizeTotals
+from internvl_core.errors import DataError
+
+PackerName = Literal["balanced", "legacy"]
+
+# The cap as a share of what a pack would cost if all were full: the room that is left makes them equal.
+_EVEN_CAP, _FULL_CAP = 0.97, 0.99
+# Emptier packs than this cannot be made equal, so they may as well be full.
+_MIN_EVEN_FILL = 0.993
+_TRIAL_PACKS, _TRIAL_SAMPLES = 2048, 32768
+_GOOD_BALANCE = 0.992
+_BLOCK_STEPS = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """All that the packs depend on besides the stream and the limits."""
+
+    packer: PackerName
+    cost_cap: float
+    """FLOPs of a pack."""
+    samples_per_cap: float
+    """Samples of mean cost that make up a pack."""
+    window: int
+    """Samples that the balanced packer looks at."""
+    max_buffer_size: int
+    """Packs that the legacy packer keeps open."""
+
+    def build_packer(self, limits: PackLimits) -> Packer:
+        if self.packer == "legacy":
+            return LegacyPacker(limits, max_buffer_size=self.max_buffer_size)
+        return BalancedPacker(limits, samples_per_cap=self.samples_per_cap, window=self.window)
+
+    def build_feed(
+        self, stream: SampleStream, limits: PackLimits, cost: SampleCost, *, epoch: int = 0, start: int = 0
+    ) -> SizeFeed:
+        unit = self.cost_cap / COST_UNITS
+        return SizeFeed(stream, limits, cost, cost_unit=unit, epoch=epoch, start=start)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan and what some packs came to that were made by it."""
+
+    plan: PackPlan
+    costs: NDArray[np.float64]
+    """FLOPs of each pack."""
+    packs_per_epoch: float
+
+
+def count_full_packs(totals: SizeTotals, limits: PackLimits) -> float:
+    """Count the packs that are needed at least: a lower bound."""
+    return max(totals.tokens / limits.max_tokens, totals.tiles / max(1, limits.max_tiles))
+
+
+def iter_packs(
+    plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost, *, epoch: int = 0
+) -> Iterator[Pack]:
+    """Yield the packs of an epoch."""
+    packer = plan.build_packer(limits)
+    feed = plan.build_feed(stream, limits, cost, epoch=epoch)
+    while (pack := packer.next_pack(feed)) is not None:
+        yield pack
+
+
+def try_plan(
+    stream: SampleStream,
+    limits: PackLimits,
+    cost: SampleCost,
+    totals: SizeTotals,
+    *,
+    packer: PackerName = "balanced",
+    max_buffer_size: int = 20,
+) -> Trial:
+    """Choose the cap on cost by packing the beginning of the first epoch.
+
+    Raises:
+        DataError: there are no samples.
+    """
+    num_full = count_full_packs(totals, limits)
+    if not num_full:
+        raise DataError("There are no samples to pack.")
+    total = (
+        cost.per_token * totals.tokens + cost.per_token_squared * totals.tokens_squared + cost.per_tile * totals.tiles
+    )
+    window = choose_window(totals.num_samples / num_full)
+
+    def run(cap: float) -> Trial:
+        samples_per_cap = cap * totals.num_samples / num_full
+        plan = PackPlan(packer, cap * total / num_full, samples_per_cap, window, max_buffer_size)
+        costs = _try(plan, stream, limits, cost)
+        return Trial(plan, costs, total / float(costs.mean()))
+
+    trial = run(_EVEN_CAP)
+    if packer == "balanced" and trial.costs.mean() < _MIN_EVEN_FILL * trial.plan.cost_cap:
+        trial = run(_FULL_CAP)
+    return trial
+
+
+def choose_block_steps(trial: Trial, packs_per_step: int) -> int:
+    """Choose how many steps are grouped by cost: 1 where packs are equal enough as they come.
+
+    A block is never longer than an epoch.
+    """
+    if trial.plan.packer == "legacy" or packs_per_step == 1:
+        return 1
+    if _predict_balance(trial.costs, packs_per_step) >= _GOOD_BALANCE:
+        return 1
+    max_steps = int(trial.packs_per_epoch / packs_per_step)
+    for num_steps in _BLOCK_STEPS:
+        if num_steps >= max_steps or _predict_grouped_balance(trial.costs, num_steps) >= _GOOD_BALANCE:
+            break
+    return max(1, min(num_steps, max_steps))
+
+
+def group_steps(packs: Sequence[Pack], num_steps: int, key: str) -> list[list[Pack]]:
+    """Cut packs into steps of like cost, in an order of steps by a key."""
+    order = np.argsort([pack.cost for pack in packs], kind="stable").reshape(num_steps, -1)
+    places = sorted(range(num_steps), key=lambda place: hashlib.sha256(f"{key}/{place}".encode()).digest())
+    return [[packs[number] for number in order[place].tolist()] for place in places]
+
+
+def _try(plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost) -> NDArray[np.float64]:
+    """Count the cost of some packs, but for the first ones, which have more choice, and the last of an epoch."""
+    packer = plan.build_packer(limits)
+    feed = plan.build_feed(stream, limits, cost)
+    costs: list[float] = []
+    ends: list[int] = []
+    while len(costs) < _TRIAL_PACKS and feed.position < _TRIAL_SAMPLES and (pack := packer.next_pack(feed)) is not None:
+        costs.append(pack.cost)
+        ends.append(feed.position)
+    if not costs:
+        raise DataError("There are no samples to pack.")
+    num_steady = int(np.searchsorted(ends, ends[-1]))
+    return np.array(costs[num_steady // 2 : num_steady] or costs)
+
+
+def _predict_balance(costs: NDArray[np.float64], num_packs: int) -> float:
+    """Expect the mean cost over the highest of `num_packs` that are drawn from these."""
+    below = (np.arange(len(costs) + 1) / len(costs)) ** num_packs
+    return float(costs.mean() / (np.sort(costs) * np.diff(below)).sum())
+
+
+def _predict_grouped_balance(costs: NDArray[np.float64], num_steps: int) -> float:
+    """Expect the same of packs that are sorted and cut into steps."""
+    ends = np.arange(1, num_steps + 1) * len(costs) // num_steps
+    return float(costs.mean() / np.sort(costs)[np.maximum(ends, 1) - 1].mean())
