@@ -1,4 +1,4 @@
-"""`internvl data index|check|show`: look at data before training does."""
+"""`internvl data index|check|show|pack-report`: look at data before training does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.pack_command import pack_report
 from internvl_core.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from internvl_core.inspection.lint_report import DatasetReport, LintReport, MetaJob
 
 data_app = typer.Typer(help="Index, check and show the data of a meta file or of a recipe.", no_args_is_help=False)
+data_app.command()(pack_report)
 
 Meta = Annotated[Path | None, typer.Argument(metavar="META", help="Meta file that lists the data sets (JSON).")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder of a model or tokenizer, hub id, or URI of a checkpoint.")]
