@@ -86,10 +86,10 @@ encoding = Encoding(load_text_encoder(tokenizer), tiling, FrameSampling.parse("u
 before = held_mb()
 started = time.monotonic()
 mixture = Mixture([open_index(meta, encoding, Path(cache_dir))], seed=0, max_tokens=8192)
-first = next(mixture.iter_order(0))
+first = next(mixture.iter_ids(0))
 start_s = time.monotonic() - started
 started = time.monotonic()
-order = mixture.iter_order(0)
+order = mixture.iter_ids(0)
 for _ in range(int(num_reads)):
     draw = mixture.locate(next(order))
     index = mixture.sources[draw.dataset].index

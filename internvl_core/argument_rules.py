@@ -19,7 +19,7 @@ from internvl_core.argument_values import UnreadableValueError, read_value
 from internvl_core.deepspeed_config import find_built_in, resolve_deepspeed
 from internvl_core.errors import ArgumentError
 from internvl_core.not_built import NOT_BUILT
-from internvl_core.packing_rules import iter_packing_problems
+from internvl_core.packing_rules import iter_packing_problems, iter_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,11 @@ def check_arguments(values: Mapping[str, Any], *, entry: str) -> None:
         *_iter_not_built_problems(resolved),
     ]
     _raise_all(problems)
+    ignored = list(iter_without_effect(resolved, load_properties(), entry=entry))
+    if ignored:
+        logger.warning(
+            "%s: no effect on a stage that pads its batches. Set use_packed_ds if it should pack.", ", ".join(ignored)
+        )
     if resolved["pad2square"] and resolved["dynamic_image_size"]:
         logger.warning(
             "pad2square: pads the frames of videos only: with dynamic_image_size images are cut into square tiles."

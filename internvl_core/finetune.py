@@ -9,6 +9,6 @@ if __name__ == "__main__":
     # Before seconds of imports: a rank without an owner must end, and a stop must be heard.
     stop_request = StopRequest.connect()
 
-    from internvl_core.train.run import main
+    from internvl_core.train.entry import main
 
     main("finetune", stop_request, started)

@@ -29,8 +29,8 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     ),
     NotBuilt(
         ("allow_overflow",),
-        "a pack that grew over its limit would be split in the middle of its images, which crashes the original; it will "
-        "not be built. Leave it out",
+        "a pack that grew over its limit would be split in the middle of its images, which crashes the original; it "
+        "will not be built. Leave it out",
     ),
     NotBuilt(("accelerator_config",), "the trainer shares out the data by itself. Leave it out"),
     NotBuilt(("dataloader_in_order",), "batches out of order make a run that nobody can repeat. Leave it out"),

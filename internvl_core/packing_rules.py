@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _ONLY_PACKED = (
-    *("num_images_expected", "max_packed_tokens", "max_buffer_size", "log_freq", "strict_mode", "replacement"),
+    *("num_images_expected", "max_packed_tokens", "log_freq", "strict_mode", "replacement"),
     *("packer", "packed_attention"),
 )
 
@@ -12,6 +12,16 @@ _ONLY_PACKED = (
 def is_packed(values: Mapping[str, Any], *, entry: str) -> bool:
     """Tell whether a stage packs: pretrain always does, as the seeds have it, finetune where it is asked to."""
     return entry == "pretrain" or bool(values["use_packed_ds"])
+
+
+def iter_without_effect(
+    values: Mapping[str, Any], properties: Mapping[str, Mapping[str, Any]], *, entry: str
+) -> Iterator[str]:
+    """Yield the arguments of packing that a stage was given although it pads; stages of a recipe share arguments."""
+    if not is_packed(values, entry=entry):
+        for name in _ONLY_PACKED:
+            if values[name] != properties[name]["default"]:
+                yield name
 
 
 def iter_packing_problems(
@@ -22,10 +32,13 @@ def iter_packing_problems(
     Args:
         properties: schema fragments by name, for the defaults.
     """
+    default = properties["max_buffer_size"]["default"]
+    if values["packer"] != "legacy" and values["max_buffer_size"] != default:
+        yield (
+            f"max_buffer_size: {values['max_buffer_size']} belongs to packer legacy, and packer is "
+            f"{values['packer']}, which holds no open packs. Leave it out, or set packer to legacy."
+        )
     if not is_packed(values, entry=entry):
-        for name in _ONLY_PACKED:
-            if values[name] != properties[name]["default"]:
-                yield f"{name}: {values[name]}, but this stage pads its batches. Set use_packed_ds, or leave it out."
         return
     if values["max_seq_length"] > values["max_packed_tokens"]:
         yield (
@@ -35,11 +48,5 @@ def iter_packing_problems(
         )
     if values["train_sampling_strategy"] == "group_by_length":
         yield "group_by_length: packs leave no padding to save. Leave it out where batches are packed."
-    default = properties["max_buffer_size"]["default"]
-    if values["packer"] != "legacy" and values["max_buffer_size"] != default:
-        yield (
-            f"max_buffer_size: {values['max_buffer_size']} belongs to packer legacy, and packer is "
-            f"{values['packer']}, which holds no open packs. Leave it out, or set packer to legacy."
-        )
     if values["replacement"] and values["max_steps"] <= 0:
         yield "replacement: data that start over never end. Give max_steps."

@@ -68,7 +68,12 @@ def _find_refusal(meta: MetaReport, dataset: DatasetReport) -> str | None:
     if not dataset.num_usable:
         first = f" {_tell_first(dataset, dataset.findings)}." if dataset.findings else ""
         too_long = f" {dataset.num_too_long} are longer than max_seq_length." if dataset.num_too_long else ""
-        return f"nothing of {dataset.annotation} can be trained on.{too_long}{first}"
+        too_many = (
+            f" {dataset.num_too_many_tiles} have more tiles than num_images_expected."
+            if dataset.num_too_many_tiles
+            else ""
+        )
+        return f"nothing of {dataset.annotation} can be trained on.{too_long}{too_many}{first}"
     if dataset.num_bad > meta.max_bad_fraction * dataset.num_records:
         return (
             f"{dataset.num_bad} of {dataset.num_records} records are bad, max_bad_fraction is "

@@ -135,11 +135,13 @@ def choose_block_steps(trial: Trial, packs_per_step: int) -> int:
     return max(1, min(num_steps, max_steps))
 
 
-def group_steps(packs: Sequence[Pack], num_steps: int, key: str) -> list[list[Pack]]:
-    """Cut packs into steps of like cost, in an order of steps by a key."""
-    order = np.argsort([pack.cost for pack in packs], kind="stable").reshape(num_steps, -1)
-    places = sorted(range(num_steps), key=lambda place: hashlib.sha256(f"{key}/{place}".encode()).digest())
-    return [[packs[number] for number in order[place].tolist()] for place in places]
+def group_steps(packs: Sequence[Pack], packs_per_step: int, key: str) -> list[list[Pack]]:
+    """Cut packs into steps of like cost, in an order of steps by a key; if some are left, the cheapest come last."""
+    by_cost = [packs[number] for number in np.argsort([pack.cost for pack in packs], kind="stable").tolist()]
+    num_left = len(packs) % packs_per_step
+    steps = [by_cost[start : start + packs_per_step] for start in range(num_left, len(packs), packs_per_step)]
+    places = sorted(range(len(steps)), key=lambda place: hashlib.sha256(f"{key}/{place}".encode()).digest())
+    return [*(steps[place] for place in places), *([by_cost[:num_left]] if num_left else [])]
 
 
 def _try(plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost) -> NDArray[np.float64]:

@@ -5,6 +5,8 @@ after a number of steps is all that the later ones depend on, and takes a few kB
 were.
 """
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from internvl_core.data.pack_plan import (
@@ -12,14 +14,13 @@ from internvl_core.data.pack_plan import (
     PackPlan,
     choose_block_steps,
     group_steps,
-    iter_packs,
     try_plan,
 )
 from internvl_core.data.packs import Pack, SizeFeed, read_held
 from internvl_core.data.sizes import PackLimits, SampleCost, SampleStream, SizeTotals
 from internvl_core.errors import ArgumentError, DataError
 
-__all__ = ["Pack", "PackSampler", "count_packs"]
+__all__ = ["Pack", "PackSampler"]
 
 _VERSION = 1
 
@@ -41,6 +42,7 @@ class PackSampler:
         packs_per_step: int = 1,
         packer: PackerName = "balanced",
         max_buffer_size: int = 20,
+        num_epochs: int | None = None,
     ) -> None:
         """Describe the steps; the first that is taken plans them, unless a state is loaded before.
 
@@ -50,6 +52,7 @@ class PackSampler:
             packs_per_step: over all ranks and micro-batches.
             packer: "legacy" packs as the original did, and never groups.
             max_buffer_size: of the legacy packer.
+            num_epochs: after which there are no more packs; None for ever.
 
         Raises:
             ArgumentError: there is no room in a pack or in a step.
@@ -70,6 +73,7 @@ class PackSampler:
         self._packs_per_step = packs_per_step
         self._packer: PackerName = packer
         self._max_buffer_size = max_buffer_size
+        self._num_epochs = num_epochs
         self._run: _Run | None = None
         self._block_steps = 1
         self._num_blocks = 0
@@ -85,17 +89,21 @@ class PackSampler:
     def take_step(self) -> list[Pack]:
         """Take the packs of the next step; of a step that is grouped by cost, the cheapest first.
 
+        Where the epochs end, a last step may have fewer packs, and those behind it have none.
+
         Raises:
             DataError: a sample fits into no pack, or there is none.
         """
         run = self._get_run()
         if self._block_steps == 1:
-            return [run.next_pack() for _ in range(self._packs_per_step)]
+            return run.next_packs(self._packs_per_step)
         if not self._steps:
             self._plan_block(run)
+        if not self._steps:
+            return []
         step = self._steps[self._num_taken]
         self._num_taken += 1
-        if self._num_taken == self._block_steps:
+        if self._num_taken == len(self._steps):
             self._num_blocks += 1
             self._num_taken = 0
             self._steps = []
@@ -119,14 +127,21 @@ class PackSampler:
             **(self._block_start if self._steps else run.state()),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], *, is_of_other_data: bool = False) -> None:
         """Go on exactly where `state()` was taken; takes as long after any number of steps.
+
+        Args:
+            is_of_other_data: the stream has changed since, so a position is only about where it was. What was held
+                back is drawn again, with the samples that stood between, and a block of steps is begun anew.
 
         Raises:
             ArgumentError: the state is of another packer or of other limits.
         """
         self._check_state(state)
-        run = _Run(PackPlan(**state["plan"]), self._stream, self._limits, self._cost)
+        if is_of_other_data:
+            behind = max((back for group in state["held_back"] for back in group), default=0)
+            state = {**state, "position": state["position"] - behind, "held_back": None, "steps_taken": 0}
+        run = self._build_run(PackPlan(**state["plan"]))
         run.load_state(state)
         self._run = run
         self._block_steps = state["block_steps"]
@@ -145,16 +160,19 @@ class PackSampler:
                 packer=self._packer,
                 max_buffer_size=self._max_buffer_size,
             )
-            self._run = _Run(trial.plan, self._stream, self._limits, self._cost)
+            self._run = self._build_run(trial.plan)
             self._block_steps = choose_block_steps(trial, self._packs_per_step)
         return self._run
 
+    def _build_run(self, plan: PackPlan) -> "_Run":
+        return _Run(plan, self._stream, self._limits, self._cost, num_epochs=self._num_epochs)
+
     def _plan_block(self, run: "_Run") -> None:
         self._block_start = run.state()
-        packs = [run.next_pack() for _ in range(self._block_steps * self._packs_per_step)]
-        self._steps = group_steps(packs, self._block_steps, f"{self._seed}/steps/{self._num_blocks}")
+        packs = run.next_packs(self._block_steps * self._packs_per_step)
+        self._steps = group_steps(packs, self._packs_per_step, f"{self._seed}/steps/{self._num_blocks}")
 
-    def _check_state(self, state: dict[str, Any]) -> None:
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state["version"] != _VERSION:
             raise ArgumentError(
                 f"The packing state has version {state['version']}, this trainer reads {_VERSION}. Resume with the "
@@ -180,37 +198,37 @@ class PackSampler:
                 )
 
 
-def count_packs(
-    stream: SampleStream,
-    limits: PackLimits,
-    cost: SampleCost,
-    *,
-    totals: SizeTotals,
-    epoch: int = 0,
-    packer: PackerName = "balanced",
-    max_buffer_size: int = 20,
-) -> int:
-    """Count the packs of an epoch by making them: some 10 s for a million samples."""
-    trial = try_plan(stream, limits, cost, totals, packer=packer, max_buffer_size=max_buffer_size)
-    return sum(1 for _ in iter_packs(trial.plan, stream, limits, cost, epoch=epoch))
-
-
 class _Run:
     """The packs of one epoch after the other."""
 
-    def __init__(self, plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost) -> None:
+    def __init__(
+        self,
+        plan: PackPlan,
+        stream: SampleStream,
+        limits: PackLimits,
+        cost: SampleCost,
+        *,
+        num_epochs: int | None,
+    ) -> None:
         self.plan = plan
+        self._num_epochs = num_epochs
         self._stream = stream
         self._limits = limits
         self._cost = cost
         self._packer = plan.build_packer(limits)
         self._feed = self._build_feed(0, 0)
 
-    def next_pack(self) -> Pack:
+    def next_packs(self, count: int) -> list[Pack]:
+        """Give the next packs: `count`, or where the epochs end those that are left."""
+        return list(itertools.islice(iter(self._next_pack, None), count))
+
+    def _next_pack(self) -> Pack | None:
         for _ in range(2):
             pack = self._packer.next_pack(self._feed)
             if pack is not None:
                 return pack
+            if self._feed.epoch + 1 == self._num_epochs:
+                return None
             self._feed = self._build_feed(self._feed.epoch + 1, 0)
         raise DataError(f"Epoch {self._feed.epoch - 1} has no samples.")
 
@@ -219,8 +237,11 @@ class _Run:
         held = [[position - place for place in group] for group in self._packer.held()]
         return {"epoch": self._feed.epoch, "position": position, "held_back": held}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         position: int = state["position"]
+        if state["held_back"] is None:
+            self._feed = self._build_feed(state["epoch"], position)
+            return
         held = [[position - back for back in group] for group in state["held_back"]]
         oldest = min((place for group in held for place in group), default=position)
         self._feed = self._build_feed(state["epoch"], oldest)

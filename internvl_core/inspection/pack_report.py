@@ -192,7 +192,7 @@ def _judge_steps(packs: list[Pack], num_ranks: int, block_steps: int, seed: int)
         first, last = (number * num_steps // num_blocks for number in (block, block + 1))
         if last > first:
             block_packs = packs[first * num_ranks : last * num_ranks]
-            steps += [block_packs] if block_steps == 1 else group_steps(block_packs, last - first, f"{seed}/{block}")
+            steps += [block_packs] if block_steps == 1 else group_steps(block_packs, num_ranks, f"{seed}/{block}")
     means = [sum(pack.cost for pack in step) / num_ranks for step in steps]
     highest = [max(pack.cost for pack in step) for step in steps]
     return RankReport(

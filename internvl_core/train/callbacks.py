@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,33 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from internvl_core.errors import NonFinite
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.sampler import StepSampler
 from internvl_core.train.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-class HasEpoch(Protocol):
-    """What draws something anew in each epoch."""
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-
-class EpochCallback(TrainerCallback):
-    """Tell dataset and sampler which epoch begins.
-
-    accelerate 1.15 tells only one of the two, and on several ranks that resume neither.
-    """
-
-    def __init__(self, listeners: Sequence[HasEpoch]) -> None:
-        self._listeners = listeners
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for listener in self._listeners:
-            # A whole number, unless training resumes in the middle of an epoch.
-            listener.set_epoch(int(state.epoch or 0))
 
 
 class MetricsCallback(TrainerCallback):
@@ -49,23 +28,28 @@ class MetricsCallback(TrainerCallback):
     made are never saved. Place it behind whatever asks for a save and behind the ranks' consensus.
     """
 
-    def __init__(self, metrics: MetricsFile, ledger: SampleLedger) -> None:
+    def __init__(self, metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter) -> None:
         self._metrics = metrics
         self._ledger = ledger
+        self._meter = meter
         self._last_time = 0.0
-        self._last_tokens = 0
         self._last_step = 0
+        self._began = 0.0
+        self.first_step_s: float | None = None
+        """From the beginning of training to the end of its first step: workers started, first samples read."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._last_time = time.monotonic()
-        self._last_tokens = state.num_input_tokens_seen
+        self._began = self._last_time = time.monotonic()
         self._last_step = state.global_step
+        self._meter.restart()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if self.first_step_s is None:
+            self.first_step_s = time.monotonic() - self._began
         control.should_log |= control.should_save or control.should_training_stop
         return control
 
@@ -103,40 +87,62 @@ class MetricsCallback(TrainerCallback):
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),
-            tokens_per_s=(state.num_input_tokens_seen - self._last_tokens) / elapsed_s,
             steps_per_s=steps / elapsed_s,
+            **self._meter.read(elapsed_s),
+            **self._ledger.read_mixture(),
             bad_samples=self._ledger.counters["bad_samples"],
             eta_s=(state.max_steps - state.global_step) * elapsed_s / max(steps, 1),
         )
-        self._last_time, self._last_tokens, self._last_step = now, state.num_input_tokens_seen, state.global_step
+        self._last_time, self._last_step = now, state.global_step
 
 
 class ConsensusCallback(TrainerCallback):
-    """What the ranks tell each other after each step: stop requests, and how many samples were bad.
+    """What the ranks tell each other after each step: stop requests, bad samples, tokens, waits.
 
-    One all-reduce carries both. All ranks save and leave at the same step, when any of them was asked to stop.
+    One all-reduce carries it all. All ranks save and leave at the same step, when any of them was asked to stop.
     """
 
-    def __init__(self, stop_request: StopRequest, ledger: SampleLedger) -> None:
+    def __init__(self, stop_request: StopRequest, ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
         self._stop_request = stop_request
         self._ledger = ledger
+        self._meter = meter
+        self._sampler = sampler
+        self._epoch = 0.0
         self.is_stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch = state.epoch or 0.0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         # In each step: ranks that left at different steps would hang.
-        told = torch.tensor([int(self._stop_request.is_set), *self._ledger.take()], device=args.device)
+        measured = self._meter.take()
+        told = torch.tensor(
+            [int(self._stop_request.is_set), *measured, *self._ledger.take()], device=args.device, dtype=torch.int64
+        )
         if dist.is_initialized():
             dist.all_reduce(told)
-        num_asked, *counts = told.tolist()
-        self._ledger.add(counts)
+        num_asked, *sums = told.tolist()
+        step = self._sampler.get_step(state.global_step)
+        state.num_input_tokens_seen += self._meter.add(sums[: len(measured)], step)
+        self._ledger.add(sums[len(measured) :])
+        self._end_epoch(args, state, control, step.epoch)
         # At the last step training ends by itself, and the final checkpoint is worth more than one to resume from.
         if num_asked and state.global_step < state.max_steps:
             self.is_stopping = True
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def _end_epoch(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, epoch: float) -> None:
+        """Do what Trainer does at the end of an epoch; to it the whole training is one."""
+        if int(epoch) > int(self._epoch) and state.global_step < state.max_steps:
+            control.should_save |= args.save_strategy == "epoch"
+            control.should_log |= args.logging_strategy == "epoch"
+        self._epoch = state.epoch = epoch
 
 
 class CommitCallback(TrainerCallback):

@@ -1,15 +1,12 @@
 """What became of the samples a stage has drawn, by data set, over all ranks."""
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internvl_core.contract import write_json_atomically
 from internvl_core.data.quarantine import BadSample, QuarantineFile, check_bad_fraction
-
-logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "samples.json"
 """In a training checkpoint: the counts up to its step."""
@@ -18,17 +15,13 @@ LEDGER_FILE = "samples.json"
 class SampleLedger:
     """Counts of drawn and bad samples; goes on where a checkpoint stopped."""
 
-    def __init__(
-        self, names: Sequence[str], directory: Path, *, mixture: str, rank: int, max_bad_fraction: float
-    ) -> None:
+    def __init__(self, names: Sequence[str], directory: Path, *, rank: int, max_bad_fraction: float) -> None:
         """Open the books of a stage.
 
         Args:
             names: data sets, the same list on every rank.
             directory: of the attempt; each rank writes its bad samples below it.
-            mixture: digest of what is drawn.
         """
-        self._mixture = mixture
         self._names = list(names)
         self._directory = directory / "quarantine"
         self._file = QuarantineFile(self._directory / f"{rank}.jsonl")
@@ -37,6 +30,7 @@ class SampleLedger:
         self._new_bad: Counter[str] = Counter()
         self._seen = [0] * len(names)
         self._bad = [0] * len(names)
+        self._delivered_before = [0] * len(names)
 
     def record(self, sample_ids: Sequence[str], bad_samples: Sequence[BadSample], *, step: int) -> None:
         """Enter this rank's samples of one batch."""
@@ -77,19 +71,25 @@ class SampleLedger:
             **{f"bad_samples/{name}": count for name, count in zip(self._names, self._bad, strict=True) if count},
         }
 
+    def read_mixture(self) -> dict[str, float]:
+        """Give each data set's share of the samples trained on since the last time, as `mixture/<name>`."""
+        delivered = self._count_delivered()
+        new = [count - before for count, before in zip(delivered, self._delivered_before, strict=True)]
+        self._delivered_before = delivered
+        return {f"mixture/{name}": count / sum(new) for name, count in zip(self._names, new, strict=True) if sum(new)}
+
     def save(self, checkpoint_dir: Path) -> None:
-        content = {"mixture": self._mixture, "names": self._names, "seen": self._seen, "bad": self._bad}
+        content = {"names": self._names, "seen": self._seen, "bad": self._bad}
         write_json_atomically(checkpoint_dir / LEDGER_FILE, content)
 
     def load(self, checkpoint_dir: Path) -> None:
         """Go on with the counts of a checkpoint."""
         content = json.loads((checkpoint_dir / LEDGER_FILE).read_text())
-        if content["mixture"] != self._mixture:
-            logger.warning(
-                "The data are not those of the checkpoint: media were mended or lost since. Training goes on with the "
-                "weights and the step of the checkpoint, but in another order than without the interruption."
-            )
         seen = dict(zip(content["names"], content["seen"], strict=True))
         bad = dict(zip(content["names"], content["bad"], strict=True))
         self._seen = [seen.get(name, 0) for name in self._names]
         self._bad = [bad.get(name, 0) for name in self._names]
+        self._delivered_before = self._count_delivered()
+
+    def _count_delivered(self) -> list[int]:
+        return [seen - bad for seen, bad in zip(self._seen, self._bad, strict=True)]

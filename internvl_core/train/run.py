@@ -1,67 +1,48 @@
-"""One attempt of a stage inside a rank: build, train, commit, evaluate, hand over.
-
-torchrun starts `main` through `internvl_core.pretrain` or `internvl_core.finetune`. Whatever
-goes wrong leaves through one frame that writes failure.json.
-"""
+"""One attempt of a stage inside a rank: build, train, commit, evaluate, hand over."""
 
 import logging
-import os
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import set_seed
 
-from internvl_core.argument_rules import check_arguments
-from internvl_core.arguments import Arguments, parse_arguments
+from internvl_core.arguments import Arguments
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
-from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFailure, StageFile, StageResult
-from internvl_core.data.collate import SampleCollator
+from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.errors import InternVLError, OutOfMemory, Preempted
+from internvl_core.errors import Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
+from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
 from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
+from internvl_core.packing_rules import is_packed
 from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
 from internvl_core.train.commit import Committed, StageCommits
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.sampler import StepSampler
 from internvl_core.train.stop_request import StopRequest
 from internvl_core.train.trainer import InternVLTrainer
-from internvl_core.train.training_data import build_training_data, list_data_values
+from internvl_core.train.training_data import (
+    build_collator,
+    build_step_sampler,
+    build_training_data,
+    get_pack_limits,
+    list_data_values,
+)
 
 logger = logging.getLogger(__name__)
-
-
-def main(entry: str, stop_request: StopRequest, started: float) -> None:
-    """Run a stage with the process's command line and exit with the error tree's code."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
-    attempt_dir: Path | None = None
-    try:
-        # Before parsing: a command line that cannot be parsed is reported as well.
-        attempt_dir = _find_attempt_dir(sys.argv[1:])
-        arguments = parse_arguments(sys.argv[1:])
-        attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
-        check_arguments(arguments.to_values(), entry=entry)
-        StageRun(arguments, StageFile.get(attempt_dir) if attempt_dir else None, stop_request, started).run()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
-        _report_failure(error, attempt_dir)
-    # Libraries' threads now and then abort the interpreter on its way out, and a finished stage would count as lost.
-    _leave(0)
 
 
 class StageRun:
@@ -71,11 +52,12 @@ class StageRun:
     """
 
     def __init__(
-        self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest, started: float
+        self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest, started: float, *, entry: str
     ) -> None:
         # On the monotonic clock, before the seconds of imports, which are setup too.
         self._started = started
         self._arguments = arguments
+        self._is_packed = is_packed(arguments.to_values(), entry=entry)
         self._stage = stage
         self._stop_request = stop_request
         self._seconds: dict[str, float] = {}
@@ -108,7 +90,8 @@ class StageRun:
             final: CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
-            dataset = build_training_data(self._arguments, self._encoding(loaded), self._cache_dir)
+            encoding = self._encoding(loaded)
+            dataset = build_training_data(self._arguments, encoding, self._cache_dir, is_packed=self._is_packed)
             ledger = self._open_ledger(dataset, newest)
             trainer = self._train(loaded, dataset, ledger, newest)
             step, counters = trainer.state.global_step, {**_count(trainer), **ledger.counters}
@@ -130,6 +113,11 @@ class StageRun:
         """Of the parameters. DeepSpeed keeps fp32 masters of bf16 weights itself; elsewhere autocast needs fp32."""
         training = self._arguments.training
         return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
+
+    def _choose_attention(self) -> str:
+        training = self._arguments.training
+        dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+        return choose_packed_attention(self._arguments.extension.packed_attention, training.device, dtype)
 
     def _find_newest(self) -> Committed | None:
         """Let rank 0 choose for all: a commit between two looks would send ranks to different steps."""
@@ -167,7 +155,6 @@ class StageRun:
         ledger = SampleLedger(
             dataset.dataset_names,
             self._directory,
-            mixture=dataset.mixture.digest,
             rank=self._arguments.training.process_index,
             max_bad_fraction=self._arguments.extension.max_bad_fraction,
         )
@@ -179,18 +166,32 @@ class StageRun:
         self, loaded: LoadedModel, dataset: SupervisedDataset, ledger: SampleLedger, newest: Committed | None
     ) -> InternVLTrainer:
         arguments = self._arguments
-        consensus = ConsensusCallback(self._stop_request, ledger)
-        callbacks = [consensus, MetricsCallback(self._metrics, ledger)]
+        model = set_trainable(loaded.model, arguments.model)
+        sampler = build_step_sampler(
+            arguments,
+            dataset.mixture,
+            loaded.model,
+            is_packed=self._is_packed,
+            resume_from=newest.path if newest else None,
+        )
+        meter = StepMeter(sampler.share, get_pack_limits(arguments) if self._is_packed else None)
+        consensus = ConsensusCallback(self._stop_request, ledger, meter, sampler)
+        curve = MetricsCallback(self._metrics, ledger, meter)
+        callbacks = [consensus, curve]
         if self._commits is not None:
-            callbacks.append(CommitCallback(partial(self._publish_training, ledger)))
+            callbacks.append(CommitCallback(partial(self._publish_training, ledger, sampler)))
+        if self._is_packed:
+            use_packed_attention(loaded.model, self._choose_attention())
         trainer = InternVLTrainer(
+            sampler=sampler,
             ledger=ledger,
+            meter=meter,
             normalize_type=arguments.data.normalize_type,
             decay_all=arguments.extension.decay_all,
-            model=set_trainable(loaded.model, arguments.model),
+            model=model,
             args=arguments.training,
             train_dataset=dataset,
-            data_collator=SampleCollator(loaded.tokenizer.pad_token_id),
+            data_collator=build_collator(arguments, loaded.tokenizer.pad_token_id, is_packed=self._is_packed),
             processing_class=loaded.tokenizer,
             callbacks=callbacks,
         )
@@ -203,13 +204,15 @@ class StageRun:
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
         self._seconds["train"] = time.monotonic() - started
+        self._seconds["first_step"] = curve.first_step_s or 0.0
         if consensus.is_stopping:
             raise Preempted(f"Stopped on request at step {trainer.state.global_step}; a checkpoint is committed.")
         return trainer
 
-    def _publish_training(self, ledger: SampleLedger, directory: Path, step: int) -> None:
+    def _publish_training(self, ledger: SampleLedger, sampler: StepSampler, directory: Path, step: int) -> None:
         assert self._commits is not None
         ledger.save(directory)
+        sampler.save(directory, step)
         self._commits.publish(directory, step, CheckpointKind.TRAINING)
 
     def _continue_curve(self, newest: Committed) -> None:
@@ -231,6 +234,7 @@ class StageRun:
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
+        use_padded_attention(model)
         encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(list_data_values(self._arguments)))
         scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
         self._seconds["evaluate"] = time.monotonic() - started
@@ -266,7 +270,10 @@ def _settle(arguments: Arguments) -> None:
         training.disable_tqdm = True
     # A NaN must be seen, not replaced in the running mean (F7).
     training.logging_nan_inf_filter = False
-    training.include_num_input_tokens_seen = "non_padding"
+    # Counted by the step meter, which tells all ranks in one all-reduce a step.
+    training.include_num_input_tokens_seen = "no"
+    # The step sampler begins where the checkpoint stands.
+    training.ignore_data_skip = True
     # Trainer would switch it on a second time, in the reentrant kind.
     arguments.model.grad_checkpoint |= bool(training.activation_checkpointing)
     training.activation_checkpointing = False
@@ -280,55 +287,3 @@ def _count(trainer: InternVLTrainer) -> dict[str, int]:
         "total_parameters": count_parameters(trainer.model),
         "tokens": int(trainer.state.num_input_tokens_seen),
     }
-
-
-def _find_attempt_dir(items: Sequence[str]) -> Path | None:
-    prefix = "--attempt_dir="
-    return next((Path(item.removeprefix(prefix)) for item in items if item.startswith(prefix)), None)
-
-
-def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
-    """Write failure.json and leave at once; the supervisor ends the other ranks."""
-    if isinstance(error, SystemExit) and not error.code:
-        return
-    # torch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        error = OutOfMemory(f"{error}. Lower per_device_train_batch_size or max_dynamic_patch.")
-    if isinstance(error, InternVLError):
-        error = _unwrap_worker_error(error)
-    failure = StageFailure.from_exception(error, rank=_rank())
-    if attempt_dir is not None:
-        with suppress(OSError):  # a full disk must not hide the cause, which is logged below
-            failure.write_first(attempt_dir)
-    if isinstance(error, InternVLError):
-        logger.error("%s: %s", failure.error, failure.message)
-    else:
-        logger.error("%s", failure.message, exc_info=error)
-    # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
-    _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
-
-
-def _unwrap_worker_error(error: InternVLError) -> InternVLError:
-    """Find the message of a data loader's worker, in one line; torch wraps it in the worker's whole traceback."""
-    kind = type(error)
-    head, _, traceback = str(error).partition("\nOriginal Traceback")
-    # The last of them: an error that was raised from another of its kind comes after it.
-    _, _, message = traceback.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
-    if not head.startswith(f"Caught {kind.__name__} in DataLoader worker process") or not message:
-        return error
-    unwrapped = kind("; ".join(line.strip() for line in message.splitlines() if line.strip()))
-    # So that failure.json keeps where in the worker it was.
-    unwrapped.__cause__ = error
-    return unwrapped
-
-
-def _leave(exit_code: int) -> NoReturn:
-    """End the process without the interpreter's teardown."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -1,53 +1,106 @@
-"""The order of the samples: a function of seed and epoch, the same on every rank and after a resume."""
+"""Share out the steps of a plan: which draws this rank reads in each of its forwards.
+
+Invariant: the state that a checkpoint keeps is that of the step it was taken at, however far the
+loader's workers have read ahead.
+"""
 
 import itertools
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from internvl_core.data.mixture import Mixture
+from internvl_core.contract import write_json_atomically
+from internvl_core.train.steps import Step, StepPlan
 
-# As Hugging Face's own grouping: so many batches are sorted together, but never more than a quarter of the epoch.
-_MAX_GROUP_BATCHES = 50
+logger = logging.getLogger(__name__)
+
+POSITION_FILE = "data_position.json"
+"""In a training checkpoint: where in the data its step stands."""
+
+_VERSION = 1
 
 
-class EpochSampler(Sampler[int]):
-    """The draws of each epoch, as the mixture orders them or with samples of like length together.
+@dataclass(frozen=True)
+class Share:
+    """How a step's items fall to ranks and forwards."""
 
-    accelerate's own tells neither a sampler nor a dataset its epoch when several ranks resume (1.15),
-    and Trainer's grouping draws from the global generator, which ranks need not share.
-    """
+    rank: int
+    world_size: int
+    accumulation_steps: int
+    items_per_batch: int
+    """Packs or samples of one forward on one rank."""
 
-    def __init__(self, mixture: Mixture, *, is_grouped: bool, batch_size: int) -> None:
-        """Order samples.
+    @property
+    def items_per_step(self) -> int:
+        return self.world_size * self.accumulation_steps * self.items_per_batch
+
+    def find_items(self, forward: int) -> slice:
+        """Find this rank's items of a step's `forward`-th forward."""
+        first = (forward * self.world_size + self.rank) * self.items_per_batch
+        return slice(first, first + self.items_per_batch)
+
+
+def read_num_steps(checkpoint_dir: Path) -> int:
+    """Read how many steps the stage has, which its epochs decided when it began."""
+    return int(_read(checkpoint_dir)["num_steps"])
+
+
+class StepSampler(Sampler[list[int]]):
+    """This rank's batches, to the last step; a rank for which none are left in a step gets empty ones."""
+
+    def __init__(self, plan: StepPlan, share: Share, *, num_steps: int, mixture: str) -> None:
+        """Share out a plan.
 
         Args:
-            is_grouped: whether batches hold samples of like length.
-            batch_size: samples of one update over all ranks; groups are filled with them.
+            mixture: digest of what is drawn; a position in other data means nothing.
         """
+        self.share = share
+        self.num_steps = num_steps
+        self._plan = plan
         self._mixture = mixture
-        self._is_grouped = is_grouped
-        self._batch_size = batch_size
-        self._epoch = 0
+        self._first = 0
+        self._state: Mapping[str, Any] | None = None
+        self._is_of_other_data = False
+        self._planned: dict[int, Step] = {}
 
     def __len__(self) -> int:
-        return len(self._mixture)
+        return self.num_steps * self.share.accumulation_steps
 
-    def __iter__(self) -> Iterator[int]:
-        order = self._mixture.iter_order(self._epoch)
-        return self._group(order) if self._is_grouped else order
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self._plan.iter_steps(self._first, self._state, is_of_other_data=self._is_of_other_data)
+        for number, step in enumerate(itertools.islice(steps, self.num_steps - self._first), self._first + 1):
+            self._planned[number] = step
+            for forward in range(self.share.accumulation_steps):
+                yield list(itertools.chain.from_iterable(step.items[self.share.find_items(forward)]))
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+    def get_step(self, number: int) -> Step:
+        """Get a step that was reached; the ones before it are forgotten."""
+        for earlier in [other for other in self._planned if other < number]:
+            del self._planned[earlier]
+        return self._planned[number]
 
-    def _group(self, order: Iterator[int]) -> Iterator[int]:
-        """Sort stretches of the order, so that no more of it is held than a stretch."""
-        generator = torch.Generator().manual_seed(self._mixture.seed + self._epoch)
-        num_batches = max(1, min(_MAX_GROUP_BATCHES, len(self) // (4 * self._batch_size)))
-        while stretch := list(itertools.islice(order, num_batches * self._batch_size)):
-            positions = get_length_grouped_indices(
-                self._mixture.count_tokens(stretch), self._batch_size, mega_batch_mult=num_batches, generator=generator
+    def save(self, checkpoint_dir: Path, step: int) -> None:
+        content = {"version": _VERSION, "step": step, "num_steps": self.num_steps, "mixture": self._mixture}
+        write_json_atomically(checkpoint_dir / POSITION_FILE, {**content, "plan": self.get_step(step).state})
+
+    def load(self, checkpoint_dir: Path) -> None:
+        """Go on where a checkpoint stands."""
+        content = _read(checkpoint_dir)
+        self._first = content["step"]
+        self._state = content["plan"]
+        self._is_of_other_data = content["mixture"] != self._mixture
+        if self._is_of_other_data:
+            logger.warning(
+                "The data are not those of the checkpoint: media were mended or lost since. Training goes on with the "
+                "weights and the step of the checkpoint, but in another order than without the interruption."
             )
-            yield from (stretch[position] for position in positions)
+
+
+def _read(checkpoint_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((checkpoint_dir / POSITION_FILE).read_text())
+    return content

@@ -1,28 +1,29 @@
-"""Our Trainer: Hugging Face's, with tiles normalised on the device and one choice of weight decay.
+"""Our Trainer: Hugging Face's, with our data, our loss, tiles normalised on the device, one choice of weight decay.
 
-Loss: the model's own token mean. Trainer divides by the number of supervised tokens over all
-ranks and accumulation steps, so it is the exact global mean.
+Loss: the mean over supervised tokens, each with its weight, over all ranks and accumulation steps
+at once. So it does not depend on how a step's samples fall to them.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from internvl_core.data.dataset import Sample, SupervisedDataset
+from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.tiles import normalise
 from internvl_core.model.internvl import InternVLForTraining
-from internvl_core.train.callbacks import EpochCallback
 from internvl_core.train.ledger import SampleLedger
-from internvl_core.train.sampler import EpochSampler
+from internvl_core.train.meter import StepMeter
+from internvl_core.train.sampler import StepSampler
 
 
 class InternVLTrainer(Trainer):
-    """Trainer for batches whose tiles arrive as uint8."""
+    """Trainer over the batches of a `StepSampler`."""
 
     model: Any
 
@@ -30,17 +31,36 @@ class InternVLTrainer(Trainer):
         self,
         *,
         train_dataset: SupervisedDataset,
+        sampler: StepSampler,
         ledger: SampleLedger,
+        meter: StepMeter,
         normalize_type: str,
         decay_all: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=train_dataset, **kwargs)
+        self._sampler = sampler
         self._ledger = ledger
+        self._meter = meter
         self._normalize_type = normalize_type
         self._decay_all = decay_all
-        self._sampler = self._build_sampler(train_dataset)
-        self.add_callback(EpochCallback([train_dataset, self._sampler]))
+        # `compute_loss` divides by what the whole update has.
+        self.loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load this rank's batches; the sampler shares them out and knows where to begin, so accelerate does not."""
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            # Its own: the loader's first draw would move the generator that a resumed run has just restored.
+            generator=torch.Generator().manual_seed(args.seed),
+        )
 
     def save_merged(self, output_dir: str) -> None:
         """Save the model whole, an adapter folded into it if there is one; ends training."""
@@ -51,31 +71,37 @@ class InternVLTrainer(Trainer):
         # Not save_model: under DeepSpeed that takes names and tensors from the engine, which knows the adapter only.
         self._save(output_dir)
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return super().get_batch_samples(self._meter.time_waits(epoch_iterator), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Sum the weights of all supervised tokens of an update, over all ranks; 1 where there is none."""
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batch_samples:
+            total += batch["loss_weights"].sum(dtype=torch.float64)
+        total = self.accelerator.reduce(total.to(device), reduction="sum")
+        return torch.where(total > 0, total, 1.0)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Times the ranks: DDP and DeepSpeed take the mean of their gradients, not the sum.
+        output = model(**inputs, loss_normalizer=num_items_in_batch / self.args.world_size)
+        return (output.loss, output) if return_outputs else output.loss
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = dict(inputs)
+        self._ledger.record(inputs.pop("sample_ids"), inputs.pop("bad_samples"), step=self.state.global_step)
+        self._meter.record_batch(
+            tokens=inputs.pop("num_tokens"), tiles=inputs["num_tiles"], places=inputs["input_ids"].numel()
+        )
+        # Past DeepSpeed, for which Trainer would round them to bf16.
+        loss_weights = inputs.pop("loss_weights").to(self.args.device)
         inputs = super()._prepare_inputs(inputs)
-        if "bad_samples" in inputs:
-            self._ledger.record(inputs.pop("sample_ids"), inputs.pop("bad_samples"), step=self.state.global_step)
         if inputs.get("pixel_values") is not None:
             dtype = next(self.accelerator.unwrap_model(self.model).parameters()).dtype
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._normalize_type, dtype)
-        return inputs
-
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Count supervised tokens over all ranks; at least 1, because batches of bad samples alone have none."""
-        count = super()._get_num_items_in_batch(*args, **kwargs)
-        return count.clamp(min=1) if isinstance(count, torch.Tensor) else count
-
-    def _get_train_sampler(self, train_dataset: Dataset[Sample] | None = None) -> Sampler[int]:
-        return self._sampler
-
-    def _build_sampler(self, dataset: SupervisedDataset) -> EpochSampler:
-        args = self.args
-        return EpochSampler(
-            dataset.mixture,
-            # The index knows the lengths; Trainer would decode every image to learn them.
-            is_grouped=args.train_sampling_strategy == "group_by_length",
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        )
+        return {**inputs, "loss_weights": loss_weights}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights to resume from, every one of them.

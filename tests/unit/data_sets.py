@@ -9,6 +9,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from internvl_core.data.encoding import Encoding
+from internvl_core.data.index import open_index
+from internvl_core.data.meta import load_meta
+from internvl_core.data.mixture import Mixture
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.data.tiling import Tiling
 from internvl_core.data.video import FrameSampling
@@ -52,3 +55,13 @@ def write_meta(folder: Path, datasets: dict[str, list[Any]], **entry: Any) -> Pa
         meta[name] = {"root": ".", "annotation": f"{name}.jsonl", **entry}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder / "meta.json"
+
+
+def build_mixture(folder: Path, sizes: dict[str, int], *, seed: int) -> Mixture:
+    """Mix data sets of so many texts, of between 1 and 101 words."""
+    records = {
+        name: [record(answer="word " * (1 + (7 * number) % 101)) for number in range(size)]
+        for name, size in sizes.items()
+    }
+    indexes = [open_index(meta, build_encoding(), folder / "cache") for meta in load_meta(write_meta(folder, records))]
+    return Mixture(indexes, seed=seed, max_tokens=None)

@@ -71,6 +71,8 @@ def test_a_data_set_of_which_nothing_is_left_is_refused() -> None:
     assert (
         problem == "stage1: dataset 'pets': nothing of pets.jsonl can be trained on. 5 are longer than max_seq_length."
     )
+    (problem,) = refuse(build_report(num_records=5, num_too_long=2, num_too_many_tiles=3))
+    assert problem.endswith("2 are longer than max_seq_length. 3 have more tiles than num_images_expected.")
     (problem,) = refuse(build_report(num_records=5, num_bad=5), max_bad_fraction=1.0)
     assert problem.endswith("can be trained on. pets.jsonl:3: unknown key 'x'.")
 

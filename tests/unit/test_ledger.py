@@ -12,8 +12,8 @@ def bad(dataset: str, line: int) -> BadSample:
     return BadSample(dataset, line, Reason.MEDIA, f"{dataset}.jsonl:{line}: broken")
 
 
-def open_ledger(folder: Path, *, max_bad_fraction: float = 0.01, mixture: str = "digest") -> SampleLedger:
-    return SampleLedger(["a:b", "c"], folder, mixture=mixture, rank=1, max_bad_fraction=max_bad_fraction)
+def open_ledger(folder: Path, *, max_bad_fraction: float = 0.01) -> SampleLedger:
+    return SampleLedger(["a:b", "c"], folder, rank=1, max_bad_fraction=max_bad_fraction)
 
 
 def test_drawn_and_bad_samples_are_counted_by_data_set(tmp_path: Path) -> None:
@@ -71,9 +71,20 @@ def test_a_resumed_stage_goes_on_counting(tmp_path: Path) -> None:
     assert resumed.counters == {**ledger.counters, "samples": 10, "samples/a:b": 5}
 
 
-def test_a_stage_that_resumes_with_other_data_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_ledger(tmp_path).save(tmp_path)
-    open_ledger(tmp_path).load(tmp_path)
-    assert not caplog.records
-    open_ledger(tmp_path, mixture="other").load(tmp_path)
-    assert "The data are not those of the checkpoint" in caplog.text
+def test_the_mixture_is_that_of_the_good_samples_since_the_last_time(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    assert ledger.read_mixture() == {}
+    ledger.add([6, 6, 0, 4])
+    assert ledger.read_mixture() == {"mixture/a:b": 0.75, "mixture/c": 0.25}
+    ledger.add([0, 5, 0, 0])
+    assert ledger.read_mixture() == {"mixture/a:b": 0, "mixture/c": 1}
+
+
+def test_a_resumed_stage_does_not_count_what_was_delivered_before(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    ledger.add([8, 0, 0, 0])
+    ledger.save(tmp_path)
+    resumed = open_ledger(tmp_path)
+    resumed.load(tmp_path)
+    resumed.add([1, 1, 0, 0])
+    assert resumed.read_mixture() == {"mixture/a:b": 0.5, "mixture/c": 0.5}

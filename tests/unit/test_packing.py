@@ -12,7 +12,7 @@ from size_streams import COST, STANDARD, ListStream, draw_mixture, load_stream
 
 from internvl_core.data.balanced_packer import MAX_DELAY_WINDOWS, MIN_WINDOW
 from internvl_core.data.pack_plan import PackerName, choose_block_steps, count_full_packs, iter_packs, try_plan
-from internvl_core.data.packing import Pack, PackSampler, count_packs
+from internvl_core.data.packing import Pack, PackSampler
 from internvl_core.data.sizes import PackLimits, SampleCost, SizeBlock, SizeTotals
 from internvl_core.errors import ArgumentError, DataError
 
@@ -35,9 +35,17 @@ def build_sampler(
     packer: PackerName = "balanced",
     seed: int = 0,
     cost: SampleCost = COST,
+    num_epochs: int | None = None,
 ) -> PackSampler:
     return PackSampler(
-        stream, limits, cost, totals=stream.totals, seed=seed, packs_per_step=packs_per_step, packer=packer
+        stream,
+        limits,
+        cost,
+        totals=stream.totals,
+        seed=seed,
+        packs_per_step=packs_per_step,
+        packer=packer,
+        num_epochs=num_epochs,
     )
 
 
@@ -262,10 +270,40 @@ def test_steps_are_grouped_only_where_packs_cannot_be_even() -> None:
     assert choose_block_steps(trial, 512) <= trial.packs_per_epoch / 512
 
 
-def test_packs_are_counted_as_they_are_made() -> None:
-    stream = draw_mixture(1000)
-    packs = take_epochs(build_sampler(stream), 2)
-    assert count_packs(stream, STANDARD, COST, totals=stream.totals, epoch=1) == sum(pack.epoch == 1 for pack in packs)
+@given(sample_lists, packers, st.integers(1, 5), st.integers(1, 3))
+def test_the_epochs_end_with_every_sample_in_a_step(
+    samples: list[tuple[int, int]], packer: PackerName, packs_per_step: int, num_epochs: int
+) -> None:
+    stream = ListStream(samples)
+    sampler = build_sampler(stream, SMALL, packs_per_step=packs_per_step, packer=packer, num_epochs=num_epochs)
+    steps = list(iter(sampler.take_step, []))
+    assert all(len(step) == packs_per_step for step in steps[:-1])
+    ids = [number for step in steps for pack in step for number in pack.ids]
+    assert sorted(ids) == list(range(num_epochs * len(samples)))
+    assert sampler.take_step() == []
+
+
+def test_grouped_epochs_end_with_what_is_left_in_a_step_of_its_own() -> None:
+    stream = draw_mixture(2500, videos=0.3, limits=SHORT)
+    sampler = build_sampler(stream, SHORT, packs_per_step=8, num_epochs=1)
+    steps = list(iter(sampler.take_step, []))
+    assert sampler.block_steps > 1
+    assert [len(step) for step in steps[:-1]] == [8] * (len(steps) - 1)
+    assert sorted(number for step in steps for pack in step for number in pack.ids) == list(range(len(stream)))
+
+
+@pytest.mark.parametrize("packer", ["balanced", "legacy"])
+@pytest.mark.parametrize("num_rows", [380, 500, 250])
+def test_with_other_data_a_state_means_about_where_it_was(packer: PackerName, num_rows: int) -> None:
+    before, after = draw_mixture(400), draw_mixture(num_rows)
+    sampler = build_sampler(before, packer=packer)
+    while (state := sampler.state())["position"] < 300:
+        sampler.take_step()
+    oldest = state["position"] - max(back for group in state["held_back"] for back in group)
+    resumed = build_sampler(after, packer=packer, num_epochs=1)
+    resumed.load_state(state, is_of_other_data=True)
+    ids = sorted(number for step in iter(resumed.take_step, []) for pack in step for number in pack.ids)
+    assert ids == list(range(oldest, num_rows))
 
 
 @pytest.mark.parametrize("size", [(101, 0), (5, 11)])

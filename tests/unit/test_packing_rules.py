@@ -39,15 +39,20 @@ def test_pretrain_always_packs_and_finetune_where_it_is_asked_to(entry: str, use
         ("packed_attention", "sdpa"),
     ],
 )
-def test_arguments_of_packing_are_refused_where_batches_are_padded(name: str, value: Any) -> None:
+def test_arguments_of_packing_are_said_to_do_nothing_where_batches_are_padded(
+    name: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     others = {"max_steps": 10}
-    assert refuse({**others, name: value}, entry="finetune").startswith(f"{name}: ")
     check({**others, name: value, "use_packed_ds": True}, entry="finetune")
     check({**others, name: value}, entry="pretrain")
+    assert not caplog.records
+    check({**others, name: value}, entry="finetune")
+    assert f"{name}: no effect on a stage that pads its batches" in caplog.text
 
 
 def test_the_buffer_of_the_original_belongs_to_its_packer() -> None:
-    assert "max_buffer_size: 7 belongs to packer legacy" in refuse({"max_buffer_size": 7}, entry="pretrain")
+    for entry in ("pretrain", "finetune"):
+        assert "max_buffer_size: 7 belongs to packer legacy" in refuse({"max_buffer_size": 7}, entry=entry)
     check({"max_buffer_size": 7, "packer": "legacy"}, entry="pretrain")
 
 

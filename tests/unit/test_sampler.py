@@ -1,44 +1,90 @@
-import pytest
-from data_sets import build_encoding, record, write_meta
+import itertools
+from pathlib import Path
 
-from internvl_core.data.index import open_index
-from internvl_core.data.meta import load_meta
+import pytest
+from data_sets import build_mixture
+
 from internvl_core.data.mixture import Mixture
-from internvl_core.train.sampler import EpochSampler
+from internvl_core.train.sampler import Share, StepSampler
+from internvl_core.train.steps import PaddedPlan
+
+NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    """A hundred and one records of different lengths, in two data sets."""
-    folder = tmp_path_factory.mktemp("lengths")
-    records = [record(answer="word " * (1 + (7 * number) % 101)) for number in range(101)]
-    path = write_meta(folder, {"a": records[:60], "b": records[60:]})
-    indexes = [open_index(meta, build_encoding(), folder / "cache") for meta in load_meta(path)]
-    return Mixture(indexes, seed=1, max_tokens=None)
+    return build_mixture(tmp_path_factory.mktemp("lengths"), {"a": 60, "b": 41}, seed=1)
 
 
-def draw(mixture: Mixture, *, is_grouped: bool, epoch: int = 0) -> list[int]:
-    sampler = EpochSampler(mixture, is_grouped=is_grouped, batch_size=4)
-    sampler.set_epoch(epoch)
-    return list(sampler)
+def build_sampler(mixture: Mixture, share: Share, *, digest: str = "digest") -> StepSampler:
+    plan = PaddedPlan(mixture, batch_size=share.items_per_step, is_grouped=False, drops_last=False)
+    return StepSampler(plan, share, num_steps=NUM_STEPS, mixture=digest)
 
 
-@pytest.mark.parametrize("is_grouped", [False, True])
-def test_each_sample_comes_once_an_epoch(mixture: Mixture, is_grouped: bool) -> None:
-    assert len(EpochSampler(mixture, is_grouped=is_grouped, batch_size=4)) == 101
-    assert sorted(draw(mixture, is_grouped=is_grouped)) == list(range(101))
+def share_out(mixture: Mixture, world_size: int, accumulation_steps: int, items_per_batch: int) -> list[set[int]]:
+    """List the draws of each step, over all ranks."""
+    steps: list[set[int]] = [set() for _ in range(NUM_STEPS)]
+    for rank in range(world_size):
+        batches = list(build_sampler(mixture, Share(rank, world_size, accumulation_steps, items_per_batch)))
+        assert len(batches) == NUM_STEPS * accumulation_steps
+        for number, batch in enumerate(batches):
+            assert len(batch) == items_per_batch
+            step = steps[number // accumulation_steps]
+            assert step.isdisjoint(batch)
+            step.update(batch)
+    return steps
 
 
-@pytest.mark.parametrize("is_grouped", [False, True])
-def test_the_order_depends_on_seed_and_epoch_and_nothing_else(mixture: Mixture, is_grouped: bool) -> None:
-    assert draw(mixture, is_grouped=is_grouped, epoch=2) == draw(mixture, is_grouped=is_grouped, epoch=2)
-    assert draw(mixture, is_grouped=is_grouped, epoch=0) != draw(mixture, is_grouped=is_grouped, epoch=1)
+@pytest.mark.parametrize(("world_size", "accumulation_steps", "items_per_batch"), [(2, 1, 4), (4, 2, 1), (1, 2, 4)])
+def test_the_same_global_batch_has_the_same_samples_however_it_is_shared_out(
+    mixture: Mixture, world_size: int, accumulation_steps: int, items_per_batch: int
+) -> None:
+    assert share_out(mixture, world_size, accumulation_steps, items_per_batch) == share_out(mixture, 1, 8, 1)
 
 
-def test_samples_of_like_length_share_a_batch(mixture: Mixture) -> None:
-    def spread(order: list[int]) -> int:
-        lengths = mixture.count_tokens(order)
-        batches = [lengths[start : start + 4] for start in range(0, 100, 4)]
-        return sum(max(batch) - min(batch) for batch in batches)
+def test_neighbours_of_a_step_run_side_by_side() -> None:
+    # So packs of like cost, which a plan may put beside each other, meet in one forward.
+    assert [Share(rank, 2, 3, 1).find_items(1).start for rank in (0, 1)] == [2, 3]
 
-    assert spread(draw(mixture, is_grouped=True)) < spread(draw(mixture, is_grouped=False)) / 3
+
+def test_a_rank_for_which_nothing_is_left_gets_an_empty_batch(mixture: Mixture) -> None:
+    plan = PaddedPlan(mixture, batch_size=100, is_grouped=False, drops_last=False)
+    sizes = [
+        [len(batch) for batch in StepSampler(plan, Share(rank, 2, 1, 50), num_steps=2, mixture="digest")]
+        for rank in (0, 1)
+    ]
+    assert sizes == [[50, 1], [50, 0]]
+
+
+def test_the_position_is_that_of_the_step_and_not_of_what_was_read_ahead(mixture: Mixture, tmp_path: Path) -> None:
+    share = Share(0, 1, 2, 3)
+    whole = list(build_sampler(mixture, share))
+    sampler = build_sampler(mixture, share)
+    # The loader is three steps ahead of the first step's end.
+    list(itertools.islice(sampler, 7))
+    sampler.save(tmp_path, 1)
+    resumed = build_sampler(mixture, share)
+    resumed.load(tmp_path)
+    assert list(resumed) == whole[2:]
+    assert len(resumed) == len(whole)
+
+
+def test_steps_that_were_left_behind_are_forgotten(mixture: Mixture) -> None:
+    sampler = build_sampler(mixture, Share(0, 1, 1, 2))
+    list(sampler)
+    assert sampler.get_step(3).epoch > sampler.get_step(3).epoch / 2
+    with pytest.raises(KeyError):
+        sampler.get_step(2)
+
+
+def test_a_position_in_other_data_is_said_to_be_one(
+    mixture: Mixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    share = Share(0, 1, 1, 2)
+    sampler = build_sampler(mixture, share)
+    list(sampler)
+    sampler.save(tmp_path, 2)
+    build_sampler(mixture, share).load(tmp_path)
+    assert not caplog.records
+    build_sampler(mixture, share, digest="other").load(tmp_path)
+    assert "The data are not those of the checkpoint" in caplog.text

@@ -16,7 +16,7 @@ def build(folder: Path, *, num_records: int = 2) -> SupervisedDataset:
     path = write_meta(folder, {"pets": [record()] * num_records})
     arguments = parse_arguments({"meta_path": str(path), "output_dir": str(folder / "out"), "use_cpu": True})
     arguments.training.prepare_for_launch()
-    return build_training_data(arguments, build_encoding(), folder / "cache")
+    return build_training_data(arguments, build_encoding(), folder / "cache", is_packed=False)
 
 
 def test_each_process_may_open_as_many_files_as_the_machine_allows(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """An error of a data loader's worker, as the stage tells it."""
 
+import os
+import signal
 import traceback
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from internvl_core.errors import DataError, InternVLError, MediaError, StoreUnavailable
-from internvl_core.train.run import _unwrap_worker_error
+from internvl_core.errors import DataError, InternVLError, MediaError, StoreUnavailable, WorkerLost
+from internvl_core.train.entry import classify
 
 MESSAGE = "data/a.jsonl:3: 2 <image> tags but 1 image. Fix the record."
 
@@ -25,10 +27,35 @@ class Broken(Dataset[int]):
             raise self._error from first
 
 
-def fail(error: InternVLError, *, num_workers: int) -> InternVLError:
+class Killed(Dataset[int]):
+    """As the kernel kills where memory is short."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def fail(error: InternVLError, *, num_workers: int) -> BaseException:
     with pytest.raises(InternVLError) as caught:
         next(iter(DataLoader(Broken(error), num_workers=num_workers)))
-    return _unwrap_worker_error(caught.value)
+    return classify(caught.value)
+
+
+def test_a_worker_that_is_killed_is_a_lost_worker_and_so_tried_again() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(DataLoader(Killed(), num_workers=1)))
+    error = classify(caught.value)
+    assert isinstance(error, WorkerLost)
+    assert str(error).startswith("A worker of the data loader was lost: DataLoader worker (pid")
+    assert "\n" not in str(error)
+
+
+def test_an_error_of_the_program_stays_what_it_is() -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert classify(error) is error
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -48,4 +75,4 @@ def test_the_lines_of_a_message_from_a_worker_become_one() -> None:
 @pytest.mark.parametrize("message", ["", "Two lines.\nOriginal Traceback: of none, it is text."])
 def test_an_error_that_no_worker_raised_stays_as_it_is(message: str) -> None:
     error = DataError(message)
-    assert _unwrap_worker_error(error) is error
+    assert classify(error) is error

@@ -1,0 +1,110 @@
+"""How a rank begins and ends: arguments in, failure.json and an exit code out.
+
+Whatever goes wrong leaves through one frame. torchrun turns every failure into exit code 1, so the
+cause travels in failure.json.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from internvl_core.argument_rules import check_arguments
+from internvl_core.arguments import parse_arguments
+from internvl_core.contract import StageFailure, StageFile
+from internvl_core.errors import InternVLError, OutOfMemory, WorkerLost
+from internvl_core.train.run import StageRun
+from internvl_core.train.stop_request import StopRequest
+
+logger = logging.getLogger(__name__)
+
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
+
+
+def main(entry: str, stop_request: StopRequest, started: float) -> None:
+    """Run a stage with the process's command line and exit with the error tree's code."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
+    attempt_dir: Path | None = None
+    try:
+        # Before parsing: a command line that cannot be parsed is reported as well.
+        attempt_dir = _find_attempt_dir(sys.argv[1:])
+        arguments = parse_arguments(sys.argv[1:])
+        attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
+        check_arguments(arguments.to_values(), entry=entry)
+        stage = StageFile.get(attempt_dir) if attempt_dir else None
+        StageRun(arguments, stage, stop_request, started, entry=entry).run()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
+        _report_failure(error, attempt_dir)
+    # Libraries' threads now and then abort the interpreter on its way out, and a finished stage would count as lost.
+    _leave(0)
+
+
+def _find_attempt_dir(items: Sequence[str]) -> Path | None:
+    prefix = "--attempt_dir="
+    return next((Path(item.removeprefix(prefix)) for item in items if item.startswith(prefix)), None)
+
+
+def classify(error: BaseException) -> BaseException:
+    """Give an error its class of the error tree where torch has none for it."""
+    # torch's CPU allocator raises a plain RuntimeError.
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return OutOfMemory(f"{error}. Lower per_device_train_batch_size, max_packed_tokens or max_dynamic_patch.")
+    # So does the data loader that lost a worker.
+    if isinstance(error, RuntimeError) and _KILLED_WORKER.search(str(error)):
+        return WorkerLost(
+            f"A worker of the data loader was lost: {str(error).splitlines()[0].rstrip('. ')}. The kernel kills them "
+            "where memory is short: if it comes again, lower dataloader_num_workers."
+        )
+    return _unwrap_worker_error(error) if isinstance(error, InternVLError) else error
+
+
+def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
+    """Write failure.json and leave at once; the supervisor ends the other ranks."""
+    if isinstance(error, SystemExit) and not error.code:
+        return
+    error = classify(error)
+    failure = StageFailure.from_exception(error, rank=_rank())
+    if attempt_dir is not None:
+        with suppress(OSError):  # a full disk must not hide the cause, which is logged below
+            failure.write_first(attempt_dir)
+    if isinstance(error, InternVLError):
+        logger.error("%s: %s", failure.error, failure.message)
+    else:
+        logger.error("%s", failure.message, exc_info=error)
+    # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
+    _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+
+
+def _unwrap_worker_error(error: InternVLError) -> InternVLError:
+    """Find the message of a data loader's worker, in one line; torch wraps it in the worker's whole traceback."""
+    kind = type(error)
+    head, _, traceback = str(error).partition("\nOriginal Traceback")
+    # The last of them: an error that was raised from another of its kind comes after it.
+    _, _, message = traceback.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    if not head.startswith(f"Caught {kind.__name__} in DataLoader worker process") or not message:
+        return error
+    unwrapped = kind("; ".join(line.strip() for line in message.splitlines() if line.strip()))
+    # So that failure.json keeps where in the worker it was.
+    unwrapped.__cause__ = error
+    return unwrapped
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End the process without the interpreter's teardown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,146 @@
+"""Stages as their tasks start them, small enough for a test: supervisor, torchrun, gloo ranks, a `file://` store."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from internvl_core.checkpoint.store import Commit, StageStore, fetch
+from internvl_core.contract import CheckpointRef, StageFailure, StageFile, StageResult
+from internvl_core.smoke.components import ComponentsSettings, generate_components
+from internvl_core.smoke.digits import DigitsSettings, generate_digits
+from tasks.launch import RunningStage, launch_stage
+
+DEADLINE_S = 240
+FINGERPRINT = "0" * 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data and components that all runs share."""
+
+    folder: Path
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "vision_path": str(self.folder / "components" / "vision"),
+            "llm_path": str(self.folder / "components" / "llm"),
+            "meta_path": str(self.folder / "data" / "finetune.json"),
+            "eval_meta_path": str(self.folder / "data" / "finetune_held_out.json"),
+            "eval_max_new_tokens": 4,
+            "per_device_eval_batch_size": 7,
+            "conv_style": "internvl2_5",
+            "force_image_size": 32,
+            "max_seq_length": 192,
+            "min_num_frame": 2,
+            "max_num_frame": 4,
+            "grad_checkpoint": False,
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "learning_rate": 0.003,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A finished attempt of a stage."""
+
+    directory: Path
+    store: StageStore
+    exit_code: int
+
+    @property
+    def result(self) -> StageResult:
+        assert self.exit_code == 0, self.log[-4000:]
+        return StageResult.get(self.directory)
+
+    @property
+    def failure(self) -> StageFailure:
+        return StageFailure.get(self.directory)
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "trainer.log").read_text()
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def commits(self) -> list[Commit]:
+        """Oldest first."""
+        return self.store.list_committed()[::-1]
+
+    @property
+    def final_dir(self) -> Path:
+        return fetch(self.result.checkpoint, self.directory)
+
+
+def make_inputs(folder: Path) -> Inputs:
+    generate_digits(folder / "data", DigitsSettings(40, 20))
+    settings = ComponentsSettings(hidden_size=32, num_attention_heads=2)
+    generate_components(folder / "components", folder / "data" / "annotations", settings)
+    return Inputs(folder)
+
+
+def launch(
+    directory: Path,
+    arguments: dict[str, Any],
+    *,
+    store: Path | None = None,
+    entry: str = "finetune",
+    num_ranks: int = 2,
+    start_from: CheckpointRef | None = None,
+) -> RunningStage:
+    stage = StageFile(
+        run_id="run",
+        stage="stage",
+        attempt=1,
+        fingerprint=FINGERPRINT,
+        entry=entry,
+        arguments={"output_dir": str(directory / "output"), "cache_dir": str(directory / "cache"), **arguments},
+        launcher={"kind": "local", "nproc_per_node": num_ranks},
+        store_uri=f"file://{store or directory.parent / 'store'}",
+        start_from=start_from,
+        resume=True,
+        save_budget_s=60,
+    )
+    return launch_stage(stage, directory)
+
+
+def wait(running: RunningStage) -> Attempt:
+    exit_code = running.process.wait(DEADLINE_S)
+    stage = StageFile.get(running.attempt_dir)
+    store = StageStore(stage.store_uri, stage.stage, stage.fingerprint)
+    return Attempt(running.attempt_dir, store, exit_code)
+
+
+def run(directory: Path, arguments: dict[str, Any], **options: Any) -> Attempt:
+    with launch(directory, arguments, **options) as running:
+        return wait(running)
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def check_equal_weights(found: Path, expected: Path) -> None:
+    weights, expected_weights = load_file(found), load_file(expected)
+    assert weights.keys() == expected_weights.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected_weights[name])] == []
+
+
+def forget_commits(attempt: Attempt, store: Path, *, after_step: int) -> None:
+    """Copy an attempt's store as it was when `after_step` had just been committed."""
+    shutil.copytree(attempt.store.uri.removeprefix("file://"), store / f"stage-{FINGERPRINT[:16]}")
+    shutil.rmtree(*store.glob("*/handover"))
+    for commit in store.glob("*/commits/*"):
+        if int(commit.name.split(".")[0]) > after_step:
+            commit.unlink()

@@ -1,0 +1,335 @@
+"""Packed stages: the loss of an update, kills, resumes on other ranks, and what is told of it all."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage_runs import FINGERPRINT, Attempt, Inputs, check_equal_weights, launch, make_inputs, run, wait
+from torch import Tensor, nn
+from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
+from internvl_core.arguments import parse_arguments
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import StageStore, fetch
+from internvl_core.data.dataset import Sample, SupervisedDataset
+from internvl_core.data.encoding import Encoding
+from internvl_core.data.meta import load_meta
+from internvl_core.data.text_encoder import TextEncoder
+from internvl_core.data.tiles import normalise
+from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.model.load import assemble_components
+from internvl_core.train.ledger import LEDGER_FILE
+from internvl_core.train.sampler import POSITION_FILE
+from internvl_core.train.training_data import build_step_sampler, build_training_data, list_data_values
+
+pytestmark = [
+    pytest.mark.integration,
+    # PEFT 0.21 asks transformers 5.23 by an old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+KILL_DEADLINE_S = 120
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def base(inputs: Inputs) -> Path:
+    """A whole model to start from, so that every run and every reference has the same weights."""
+    torch.manual_seed(0)
+    components = inputs.folder / "components"
+    loaded = assemble_components(str(components / "vision"), str(components / "llm"), force_image_size=32)
+    folder = inputs.folder / "base"
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(inputs: Inputs, base: Path) -> dict[str, Any]:
+    """Texts, pictures, pairs and clips in packs of some five samples."""
+    common = {name: value for name, value in inputs.arguments.items() if name not in ("vision_path", "llm_path")}
+    del common["eval_meta_path"]
+    return {
+        **common,
+        "model_name_or_path": str(base),
+        "meta_path": str(inputs.folder / "data" / "pretrain.json"),
+        "max_packed_tokens": 256,
+        "num_images_expected": 16,
+        "strict_mode": False,
+        "per_device_train_batch_size": 1,
+    }
+
+
+def train(directory: Path, arguments: dict[str, Any], **options: Any) -> Attempt:
+    return run(directory, arguments, **{"entry": "pretrain", **options})
+
+
+def count_records(meta_path: str) -> int:
+    return sum(len(Path(meta.annotation).read_text().splitlines()) for meta in load_meta(meta_path))
+
+
+# the loss
+
+
+def draw_first_step(arguments: dict[str, Any], *, num_packs: int) -> list[Sample]:
+    """Draw the samples of the first update, as one rank that accumulates would."""
+    given = parse_arguments(
+        {**arguments, "gradient_accumulation_steps": num_packs, "output_dir": "unused", "use_cpu": True}
+    )
+    model = InternVLForTraining.from_pretrained(given.model.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(given.model.model_name_or_path)
+    encoding = Encoding.from_arguments(
+        list_data_values(given),
+        encoder=TextEncoder.from_tokenizer(tokenizer),
+        tokens_per_tile=model.config.image_seq_length,
+    )
+    given.training.prepare_for_launch()
+    dataset: SupervisedDataset = build_training_data(given, encoding, Path(given.extension.cache_dir), is_packed=True)
+    sampler = build_step_sampler(given, dataset.mixture, model, is_packed=True, resume_from=None)
+    samples = [dataset[draw] for _, batch in zip(range(num_packs), sampler, strict=False) for draw in batch]
+    return [sample for sample in samples if isinstance(sample, dict)]
+
+
+def sum_losses(model: nn.Module, samples: list[Sample], exponent: float) -> Iterator[tuple[Tensor, float]]:
+    """Yield each conversation's weighted loss and weight, run through the native class by itself."""
+    for sample in samples:
+        tiles = sample["tiles"]
+        output = model(
+            input_ids=sample["input_ids"][None],
+            pixel_values=normalise(tiles, "imagenet", torch.float32) if len(tiles) else None,
+        )
+        losses = nn.functional.cross_entropy(output.logits[0, :-1], sample["labels"][1:], reduction="none")
+        num_learnt = int((sample["labels"][1:] != -100).sum())
+        # n tokens of weight n^-e each.
+        yield losses.sum() * num_learnt**-exponent, num_learnt ** (1 - exponent)
+
+
+@pytest.fixture(scope="module")
+def one_step(packed: dict[str, Any], inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An update of plain gradient descent: what it changes in the weights is the gradient."""
+    descent = {"optim": "sgd", "learning_rate": 1, "weight_decay": 0, "lr_scheduler_type": "constant"}
+    return {
+        **packed,
+        **descent,
+        "decay_all": False,
+        "max_grad_norm": 0,
+        "max_steps": 1,
+        "max_packed_tokens": 192,
+        "cache_dir": str(inputs.folder / "cache"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("reduction", "exponent", "is_deepspeed"),
+    [("square", 0.5, False), ("square", 0.5, True), ("sample", 1.0, False), ("token", 0.0, False)],
+)
+def test_an_update_is_the_gradient_of_the_weighted_mean_over_all_ranks_and_accumulation_steps(
+    one_step: dict[str, Any], reduction: str, exponent: float, is_deepspeed: bool, tmp_path: Path
+) -> None:
+    arguments = {**one_step, "loss_reduction": reduction, "loss_reduction_all_gather": True}
+    samples = draw_first_step(arguments, num_packs=4)
+    assert len(samples) > 8
+    assert min(len(sample["tiles"]) for sample in samples) == 0
+
+    base = Path(one_step["model_name_or_path"])
+    model = InternVLForConditionalGeneration.from_pretrained(base, attn_implementation="eager")
+    losses, weights = zip(*sum_losses(model, samples, exponent), strict=True)
+    loss = torch.stack(losses).sum() / sum(weights)
+    loss.backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    if is_deepspeed:
+        arguments["deepspeed"] = str(tmp_path / "zero2.json")
+        zero2 = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+        # Without the last, accelerate clips at 1.
+        names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        (tmp_path / "zero2.json").write_text(json.dumps({**zero2, **dict.fromkeys(names, "auto")}))
+    shared = train(tmp_path / "1", {**arguments, "gradient_accumulation_steps": 2})
+    assert shared.result.counters["samples"] == len(samples)
+    assert shared.curve[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+    before = InternVLForConditionalGeneration.from_pretrained(base).state_dict()
+    after = InternVLForConditionalGeneration.from_pretrained(shared.final_dir).state_dict()
+    assert {name for name, tensor in gradient.items() if tensor is not None and tensor.any()} == {
+        name for name, tensor in before.items() if not torch.equal(tensor, after[name])
+    }
+    for name, tensor in gradient.items():
+        if tensor is not None:
+            torch.testing.assert_close(
+                before[name] - after[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+# kills and resumes
+
+
+@pytest.fixture(scope="module")
+def everything(packed: dict[str, Any]) -> dict[str, Any]:
+    """Packs, LoRA with its dropout, augmentation, workers, and a save at every other step."""
+    frozen = {"freeze_llm": True, "freeze_backbone": True, "freeze_mlp": True}
+    return {
+        **packed,
+        **frozen,
+        "use_llm_lora": 4,
+        "dataloader_num_workers": 2,
+        "loss_reduction": "square",
+        "max_steps": 16,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Attempt:
+    return train(tmp_path_factory.mktemp("undisturbed") / "1", everything)
+
+
+def read_curve(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    # The last line may be half written.
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def find_ranks(directory: Path) -> list[int]:
+    """Find the processes that train in an attempt's directory: ranks and their workers, not torchrun."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            items = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if f"--attempt_dir={directory}" in items and "torch.distributed.run" not in items:
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill_at(directory: Path, arguments: dict[str, Any], step: int, victim: int) -> None:
+    """Start a stage and kill one of its processes with SIGKILL as soon as it has done a step."""
+    with launch(directory, arguments, entry="pretrain") as running:
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while not any(line["step"] >= step for line in read_curve(directory)):
+            assert running.poll() is None, (directory / "trainer.log").read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        ranks = sorted(find_ranks(directory))
+        os.kill(ranks[victim % len(ranks)], signal.SIGKILL)
+        killed = wait(running)
+    assert killed.failure.error == "WorkerLost", killed.log[-4000:]
+
+
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(2, id="twice"), pytest.param(10, id="ten-times", marks=pytest.mark.slow)]
+)
+def test_a_stage_that_is_killed_ends_with_the_losses_and_the_weights_of_an_undisturbed_one(
+    undisturbed: Attempt, everything: dict[str, Any], num_kills: int, tmp_path: Path
+) -> None:
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 1_000_000))
+    print(f"KILL_SEED={seed}")
+    rng = random.Random(seed)
+    committed = 0
+    for number in range(num_kills):
+        # Not before the next step, or nothing would ever be reached; not the last, or there is nothing to kill.
+        step = min(15, rng.randint(committed + 1, committed + 3))
+        kill_at(tmp_path / str(number), everything, step, rng.randrange(100))
+        committed = find_newest_commit(tmp_path / "store")
+    ended = train(tmp_path / "last", everything)
+    assert "Resuming from step" in ended.log
+    expected = {line["step"]: line["loss"] for line in undisturbed.curve}
+    assert {line["step"]: line["loss"] for line in ended.curve} == expected
+    assert len(expected) == 16
+    assert {line["step"]: line["grad_norm"] for line in ended.curve} == {
+        line["step"]: line["grad_norm"] for line in undisturbed.curve
+    }
+    check_equal_weights(ended.final_dir / "model.safetensors", undisturbed.final_dir / "model.safetensors")
+    assert ended.result.counters == undisturbed.result.counters
+
+
+def find_newest_commit(store: Path) -> int:
+    """Find the newest committed step."""
+    return max((int(path.name.split(".")[0]) for path in store.glob("*/commits/*")), default=0)
+
+
+def read_positions(*attempts: Attempt) -> dict[int, Any]:
+    """Read where in the data each training checkpoint stands, and what was drawn up to it, by step."""
+    positions = {}
+    for attempt in attempts:
+        for commit in attempt.commits:
+            if commit.kind is CheckpointKind.TRAINING:
+                folder = fetch(commit.checkpoint, attempt.directory)
+                positions[commit.step] = [
+                    json.loads((folder / name).read_text()) for name in (POSITION_FILE, LEDGER_FILE)
+                ]
+    return positions
+
+
+def test_the_packs_of_each_step_are_the_same_on_two_ranks_on_one_and_on_two_again(
+    everything: dict[str, Any], undisturbed: Attempt, tmp_path: Path
+) -> None:
+    elastic = {**everything, "max_steps": 12, "save_steps": 1}
+    expected = train(tmp_path / "expected" / "1", elastic)
+    kill_at(tmp_path / "1", elastic, 4, 0)
+    alone = {**elastic, "gradient_accumulation_steps": 2}
+    with launch(tmp_path / "2", alone, entry="pretrain", num_ranks=1) as running:
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while not any(line["step"] >= 8 for line in read_curve(tmp_path / "2")):
+            assert running.poll() is None, (tmp_path / "2" / "trainer.log").read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        running.ask_to_stop()
+        one_rank = wait(running)
+    assert one_rank.failure.error == "Preempted"
+    ended = train(tmp_path / "3", elastic)
+    assert "Resuming from step 8" in ended.log or "Resuming from step 9" in ended.log
+    positions, expected_positions = read_positions(ended), read_positions(expected)
+    assert positions == expected_positions
+    assert set(positions) == set(range(1, 13))
+    # Other samples would be far off; dropout draws otherwise on other ranks.
+    losses = [line["loss"] for line in ended.curve]
+    assert losses == pytest.approx([line["loss"] for line in expected.curve], rel=0.1)
+
+
+def pretend_step(checkpoint: Path, step: int) -> None:
+    """Make a training checkpoint of a late step out of one of an early step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["global_step"] = step
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    position = json.loads((checkpoint / POSITION_FILE).read_text())
+    position["step"] = step
+    position["plan"] |= {"epoch": 20_000, "position": 0, "held": [[]]}
+    (checkpoint / POSITION_FILE).write_text(json.dumps(position))
+
+
+def test_a_resume_takes_as_long_after_a_hundred_thousand_steps_as_after_four(
+    everything: dict[str, Any], undisturbed: Attempt, tmp_path: Path
+) -> None:
+    (early,) = [commit for commit in undisturbed.commits if commit.step == 4]
+    seconds = {}
+    for step in (4, 100_000):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        shutil.copytree(fetch(early.checkpoint, tmp_path), checkpoint)
+        for written_on_commit in checkpoint.glob("MANIFEST*"):
+            written_on_commit.unlink()
+        pretend_step(checkpoint, step)
+        arguments = {**everything, "max_steps": step + 2, "save_strategy": "no"}
+        store = StageStore(f"file://{tmp_path}/store-{step}", "stage", FINGERPRINT)
+        info = {"run_id": "run", "counters": {}}
+        store.publish(checkpoint, step=step, fence=1, kind=CheckpointKind.TRAINING, parent=None, info=info)
+        resumed = train(tmp_path / f"run-{step}", arguments, store=tmp_path / f"store-{step}")
+        assert f"Resuming from step {step}" in resumed.log
+        assert resumed.result.step == step + 2
+        seconds[step] = resumed.result.seconds["setup"] + resumed.result.seconds["first_step"]
+    # A walk there would take hours.
+    assert seconds[100_000] < seconds[4] + 15
