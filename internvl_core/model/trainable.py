@@ -71,6 +71,9 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     Not reentrant: the reentrant kind gives no gradient to layers whose input needs none (F10).
     """
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.23 then asks for gradients of every embedding's output, for the reentrant kind: a frozen vision
+    # tower would keep its activations and get a backward pass.
+    model.disable_input_require_grads()
 
 
 def _unfreeze_layers(layers: nn.ModuleList, first: int) -> None:
@@ -120,6 +123,9 @@ def _add_adapters(model: InternVLForTraining, arguments: ModelArguments) -> nn.M
     if not any(re.fullmatch(config.target_modules, name) for name, _ in model.named_modules()):
         raise ArgumentError(f"use_llm_lora: no module of this model matches the LoRA targets {sorted(ranks)}.")
     adapted: nn.Module = get_peft_model(model, config)
+    if model.is_activation_checkpointing:
+        # PEFT 0.21 asks for them again.
+        model.disable_input_require_grads()
     return adapted
 
 

@@ -21,8 +21,6 @@ def count_with_torch(*, vision: bool, projector: bool, llm: bool, num_tiles: int
     model.model.multi_modal_projector.requires_grad_(projector)
     if is_checkpointed:
         enable_checkpointing(model)
-        # Transformers 5.23 makes the input of every tower need a gradient, the frozen vision tower's too.
-        model.disable_input_require_grads()
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(**build_batch(num_tiles=num_tiles)).loss.backward()

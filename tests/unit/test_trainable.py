@@ -171,3 +171,15 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     for plain, recomputed in zip(models[0].parameters(), models[1].parameters(), strict=True):
         if plain.requires_grad:
             torch.testing.assert_close(recomputed.grad, plain.grad)
+
+
+@pytest.mark.parametrize("adapters", [{}, {"use_llm_lora": 2}])
+def test_a_frozen_vision_tower_keeps_nothing_for_a_backward_pass(adapters: dict[str, int]) -> None:
+    frozen = {"freeze_backbone": True, **({"freeze_llm": True, "freeze_mlp": True} if adapters else {})}
+    model = set_trainable(ModelArguments(**frozen, **adapters, grad_checkpoint=True))
+    seen: list[bool] = []
+    (tower,) = (module for name, module in model.named_modules() if name.endswith("vision_tower"))
+    tower.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state.requires_grad))
+    model(**build_batch()).loss.backward()
+    assert seen == [False]
+    assert any(parameter.grad is not None for parameter in model.parameters())
