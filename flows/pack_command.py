@@ -18,7 +18,12 @@ def pack_report(
     max_tokens: Annotated[int, typer.Option(help="Tokens that fit into a pack.")] = 16384,
     max_tiles: Annotated[int, typer.Option(help="Tiles that fit into a pack.")] = 48,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, of a pack a step each.")] = "8,64,512",
-    model: Annotated[str, typer.Option(help="Size of InternVL 2.5 whose FLOPs are balanced: 1b to 78b.")] = "8b",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Size of InternVL 2.5 whose FLOPs are balanced, 1b to 78b; of a stage in which everything learns."
+        ),
+    ] = "8b",
     packer: Annotated[Literal["balanced", "legacy"], typer.Option(help="legacy: the original's.")] = "balanced",
     seed: Annotated[int, typer.Option(help="Of the order of the samples.")] = 0,
 ) -> None:

@@ -199,7 +199,8 @@ class Mixture:
         for source, num_draws in zip(self.sources, draws, strict=True):
             times = num_draws / len(source.rows)
             sums = [total + times * own for total, own in zip(sums, source.sum_sizes(), strict=True)]
-        return SizeTotals(1.0 if self.is_endless else float(len(self)), *sums)
+        num_samples = 1.0 if self.is_endless else float(len(self))
+        return SizeTotals(num_samples, sums[0], sums[1], sums[2], is_endless=self.is_endless)
 
     @property
     def digest(self) -> str:

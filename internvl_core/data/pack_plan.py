@@ -7,9 +7,10 @@ in the state: the same packs follow after every resume.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class PackPlan:
     """All that the packs depend on besides the stream and the limits."""
 
     packer: PackerName
+    cost: SampleCost
     cost_cap: float
     """FLOPs of a pack."""
     samples_per_cap: float
@@ -50,14 +52,17 @@ class PackPlan:
             return LegacyPacker(limits, max_buffer_size=self.max_buffer_size)
         return BalancedPacker(limits, samples_per_cap=self.samples_per_cap, window=self.window)
 
-    def build_feed(
-        self, stream: SampleStream, limits: PackLimits, cost: SampleCost, *, epoch: int = 0, start: int = 0
-    ) -> SizeFeed:
+    def build_feed(self, stream: SampleStream, limits: PackLimits, *, epoch: int = 0, start: int = 0) -> SizeFeed:
+        """Build what the packer takes the samples of an epoch from, costs counted in shares of the cap."""
         unit = self.cost_cap / COST_UNITS
-        return SizeFeed(stream, limits, cost, cost_unit=unit, epoch=epoch, start=start)
+        return SizeFeed(stream, limits, self.cost, cost_unit=unit, epoch=epoch, start=start)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        return cls(**{**content, "cost": SampleCost(**content["cost"])})
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,18 @@ class Trial:
     costs: NDArray[np.float64]
     """FLOPs of each pack."""
     packs_per_epoch: float
+    """Infinite of a stream without an end."""
 
 
 def count_full_packs(totals: SizeTotals, limits: PackLimits) -> float:
     """Count the packs that are needed at least: a lower bound."""
-    return max(totals.tokens / limits.max_tokens, totals.tiles / max(1, limits.max_tiles))
+    return max(totals.tokens / limits.max_tokens, totals.tiles / limits.max_tiles)
 
 
-def iter_packs(
-    plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost, *, epoch: int = 0
-) -> Iterator[Pack]:
+def iter_packs(plan: PackPlan, stream: SampleStream, limits: PackLimits, *, epoch: int = 0) -> Iterator[Pack]:
     """Yield the packs of an epoch."""
     packer = plan.build_packer(limits)
-    feed = plan.build_feed(stream, limits, cost, epoch=epoch)
+    feed = plan.build_feed(stream, limits, epoch=epoch)
     while (pack := packer.next_pack(feed)) is not None:
         yield pack
 
@@ -109,9 +113,10 @@ def try_plan(
 
     def run(cap: float) -> Trial:
         samples_per_cap = cap * totals.num_samples / num_full
-        plan = PackPlan(packer, cap * total / num_full, samples_per_cap, window, max_buffer_size)
-        costs = _try(plan, stream, limits, cost)
-        return Trial(plan, costs, total / float(costs.mean()))
+        plan = PackPlan(packer, cost, cap * total / num_full, samples_per_cap, window, max_buffer_size)
+        costs = _try(plan, stream, limits)
+        packs_per_epoch = math.inf if totals.is_endless else total / float(costs.mean())
+        return Trial(plan, costs, packs_per_epoch)
 
     trial = run(_EVEN_CAP)
     if packer == "balanced" and trial.costs.mean() < _MIN_EVEN_FILL * trial.plan.cost_cap:
@@ -128,11 +133,11 @@ def choose_block_steps(trial: Trial, packs_per_step: int) -> int:
         return 1
     if _predict_balance(trial.costs, packs_per_step) >= _GOOD_BALANCE:
         return 1
-    max_steps = int(trial.packs_per_epoch / packs_per_step)
+    max_steps = trial.packs_per_epoch / packs_per_step
     for num_steps in _BLOCK_STEPS:
         if num_steps >= max_steps or _predict_grouped_balance(trial.costs, num_steps) >= _GOOD_BALANCE:
             break
-    return max(1, min(num_steps, max_steps))
+    return max(1, int(min(num_steps, max_steps)))
 
 
 def group_steps(packs: Sequence[Pack], packs_per_step: int, key: str) -> list[list[Pack]]:
@@ -144,10 +149,10 @@ def group_steps(packs: Sequence[Pack], packs_per_step: int, key: str) -> list[li
     return [*(steps[place] for place in places), *([by_cost[:num_left]] if num_left else [])]
 
 
-def _try(plan: PackPlan, stream: SampleStream, limits: PackLimits, cost: SampleCost) -> NDArray[np.float64]:
+def _try(plan: PackPlan, stream: SampleStream, limits: PackLimits) -> NDArray[np.float64]:
     """Count the cost of some packs, but for the first ones, which have more choice, and the last of an epoch."""
     packer = plan.build_packer(limits)
-    feed = plan.build_feed(stream, limits, cost)
+    feed = plan.build_feed(stream, limits)
     costs: list[float] = []
     ends: list[int] = []
     while len(costs) < _TRIAL_PACKS and feed.position < _TRIAL_SAMPLES and (pack := packer.next_pack(feed)) is not None:

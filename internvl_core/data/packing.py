@@ -78,6 +78,7 @@ class PackSampler:
         self._block_steps = 1
         self._num_blocks = 0
         self._num_taken = 0
+        self._num_samples = 0
         self._steps: list[list[Pack]] = []
         self._block_start: dict[str, Any] = {}
 
@@ -94,20 +95,14 @@ class PackSampler:
         Raises:
             DataError: a sample fits into no pack, or there is none.
         """
-        run = self._get_run()
-        if self._block_steps == 1:
-            return run.next_packs(self._packs_per_step)
-        if not self._steps:
-            self._plan_block(run)
-        if not self._steps:
-            return []
-        step = self._steps[self._num_taken]
-        self._num_taken += 1
-        if self._num_taken == len(self._steps):
-            self._num_blocks += 1
-            self._num_taken = 0
-            self._steps = []
+        step = self._take_step()
+        self._num_samples += sum(len(pack.ids) for pack in step)
         return step
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the steps taken so far, over all epochs."""
+        return self._num_samples
 
     def state(self) -> dict[str, Any]:
         """Describe in JSON what the next steps depend on.
@@ -124,11 +119,14 @@ class PackSampler:
             "block_steps": self._block_steps,
             "num_blocks": self._num_blocks,
             "steps_taken": self._num_taken,
+            "num_samples": self._num_samples,
             **(self._block_start if self._steps else run.state()),
         }
 
     def load_state(self, state: Mapping[str, Any], *, is_of_other_data: bool = False) -> None:
         """Go on exactly where `state()` was taken; takes as long after any number of steps.
+
+        The state brings its own costs: what they are counted by may change with the trainer.
 
         Args:
             is_of_other_data: the stream has changed since, so a position is only about where it was. What was held
@@ -141,14 +139,31 @@ class PackSampler:
         if is_of_other_data:
             behind = max((back for group in state["held_back"] for back in group), default=0)
             state = {**state, "position": state["position"] - behind, "held_back": None, "steps_taken": 0}
-        run = self._build_run(PackPlan(**state["plan"]))
+        run = self._build_run(PackPlan.from_json(state["plan"]))
         run.load_state(state)
         self._run = run
         self._block_steps = state["block_steps"]
         self._num_blocks = state["num_blocks"]
         self._num_taken = state["steps_taken"]
+        self._num_samples = state["num_samples"]
         # A block that was begun is planned anew with its next step.
         self._steps = []
+
+    def _take_step(self) -> list[Pack]:
+        run = self._get_run()
+        if self._block_steps == 1:
+            return run.next_packs(self._packs_per_step)
+        if not self._steps:
+            self._plan_block(run)
+        if not self._steps:
+            return []
+        step = self._steps[self._num_taken]
+        self._num_taken += 1
+        if self._num_taken == len(self._steps):
+            self._num_blocks += 1
+            self._num_taken = 0
+            self._steps = []
+        return step
 
     def _get_run(self) -> "_Run":
         if self._run is None:
@@ -165,7 +180,7 @@ class PackSampler:
         return self._run
 
     def _build_run(self, plan: PackPlan) -> "_Run":
-        return _Run(plan, self._stream, self._limits, self._cost, num_epochs=self._num_epochs)
+        return _Run(plan, self._stream, self._limits, num_epochs=self._num_epochs)
 
     def _plan_block(self, run: "_Run") -> None:
         self._block_start = run.state()
@@ -201,20 +216,11 @@ class PackSampler:
 class _Run:
     """The packs of one epoch after the other."""
 
-    def __init__(
-        self,
-        plan: PackPlan,
-        stream: SampleStream,
-        limits: PackLimits,
-        cost: SampleCost,
-        *,
-        num_epochs: int | None,
-    ) -> None:
+    def __init__(self, plan: PackPlan, stream: SampleStream, limits: PackLimits, *, num_epochs: int | None) -> None:
         self.plan = plan
         self._num_epochs = num_epochs
         self._stream = stream
         self._limits = limits
-        self._cost = cost
         self._packer = plan.build_packer(limits)
         self._feed = self._build_feed(0, 0)
 
@@ -238,14 +244,23 @@ class _Run:
         return {"epoch": self._feed.epoch, "position": position, "held_back": held}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`; where `held_back` is None, begin at its position.
+
+        Raises:
+            ArgumentError: it is no position in an epoch.
+        """
         position: int = state["position"]
         if state["held_back"] is None:
             self._feed = self._build_feed(state["epoch"], position)
             return
         held = [[position - back for back in group] for group in state["held_back"]]
         oldest = min((place for group in held for place in group), default=position)
+        if oldest < 0:
+            raise ArgumentError(
+                f"The packing state holds sample {oldest} of an epoch. Its file was edited: restore it."
+            )
         self._feed = self._build_feed(state["epoch"], oldest)
         self._packer.hold(read_held(self._feed, held, position))
 
     def _build_feed(self, epoch: int, start: int) -> SizeFeed:
-        return self.plan.build_feed(self._stream, self._limits, self._cost, epoch=epoch, start=start)
+        return self.plan.build_feed(self._stream, self._limits, epoch=epoch, start=start)

@@ -28,12 +28,13 @@ class SampleStream(Protocol):
 
 @dataclass(frozen=True)
 class SizeTotals:
-    """Sums over the samples of a stream."""
+    """Sums over the samples of an epoch; of a stream without an end, over its average sample."""
 
     num_samples: float
     tokens: float
     tokens_squared: float
     tiles: float
+    is_endless: bool = False
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def report_packs(
     started = time.process_time()
     trial = try_plan(stream, limits, cost, totals, packer=packer)
     tried = time.process_time()
-    packs = list(iter_packs(trial.plan, stream, limits, cost))
+    packs = list(iter_packs(trial.plan, stream, limits))
     finished = time.process_time()
     costs = np.array([pack.cost for pack in packs])
     by_ranks = {number: _judge_steps(packs, number, choose_block_steps(trial, number), seed) for number in ranks}

@@ -73,11 +73,12 @@ class InternVLForTraining(InternVLForConditionalGeneration):
             ArgumentError: a pack, but `use_packed_attention` was not called; or weights that are not float32.
         """
         if cu_seq_lens is not None:
-            assert max_seq_len is not None
+            if max_seq_len is None:
+                raise ArgumentError("max_seq_len: missing beside cu_seq_lens. Give the length of the longest segment.")
             kwargs |= list_packed_kwargs(self, cu_seq_lens, max_seq_len)
         if loss_weights is not None:
-            assert input_ids is not None
-            assert labels is not None
+            if input_ids is None or labels is None:
+                raise ArgumentError("input_ids, labels: missing beside loss_weights. Give both.")
             loss = self._compute_weighted_loss(input_ids, pixel_values, labels, loss_weights, num_tiles, kwargs)
             return InternVLCausalLMOutputWithPast(loss=_divide(loss, loss_normalizer))
         output = super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)

@@ -33,6 +33,8 @@ class Committed:
     kind: CheckpointKind
     step: int
     counters: dict[str, int]
+    world_size: int
+    """Ranks that wrote it."""
     path: Path
 
 
@@ -65,7 +67,8 @@ class StageCommits:
             except CheckpointCorrupt as error:
                 logger.warning("Passed over a checkpoint: %s", error)
                 continue
-            return Committed(checkpoint, manifest.kind, manifest.step, manifest.info["counters"], path)
+            info = manifest.info
+            return Committed(checkpoint, manifest.kind, manifest.step, info["counters"], info["world_size"], path)
         return None
 
     def publish(

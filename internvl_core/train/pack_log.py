@@ -49,9 +49,9 @@ class PackLog:
     @staticmethod
     def _tell_grouping(block_steps: int) -> None:
         if block_steps == 1:
-            logger.info("Packs are even as they come: steps are not grouped by cost")
+            logger.info("Steps take packs as they come, not grouped by cost")
         else:
-            logger.info("Packs cannot be made even: steps are grouped by cost, %d at a time", block_steps)
+            logger.info("Packs cannot be made of equal cost: steps are grouped by it, %d at a time", block_steps)
 
     def _write(self) -> None:
         total = int(self._samples.sum())

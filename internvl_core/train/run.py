@@ -20,7 +20,7 @@ from internvl_core.data.encoding import Encoding
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.errors import Preempted
+from internvl_core.errors import ArgumentError, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
 from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
@@ -129,9 +129,18 @@ class StageRun:
         newest = chosen[0]
         if newest is None:
             return None
+        self._check_ranks(newest)
         with self._arguments.training.main_process_first(desc="fetching the checkpoint to resume from"):
             path = newest.path if self._is_rank_zero else fetch(newest.checkpoint, self._cache_dir)
         return replace(newest, path=path)
+
+    def _check_ranks(self, newest: Committed) -> None:
+        training = self._arguments.training
+        if training.deepspeed and newest.kind is CheckpointKind.TRAINING and newest.world_size != training.world_size:
+            raise ArgumentError(
+                f"{newest.checkpoint.uri}: written by {newest.world_size} ranks under DeepSpeed, whose optimizer state "
+                f"does not fit {training.world_size}. Resume on {newest.world_size} ranks, or train afresh (--fresh)."
+            )
 
     def _build_model(self) -> LoadedModel:
         arguments = self._arguments

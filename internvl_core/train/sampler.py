@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from internvl_core.contract import write_json_atomically
+from internvl_core.errors import CheckpointCorrupt
 from internvl_core.train.steps import Step, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -46,25 +47,32 @@ class Share:
 
 
 def read_num_steps(checkpoint_dir: Path) -> int:
-    """Read how many steps the stage has, which its epochs decided when it began."""
+    """Read how many steps the stage has, which its epochs decided when it began.
+
+    Raises:
+        CheckpointCorrupt: the checkpoint does not say where in the data it stands.
+    """
     return int(_read(checkpoint_dir)["num_steps"])
 
 
 class StepSampler(Sampler[list[int]]):
     """This rank's batches, to the last step; a rank for which none are left in a step gets empty ones."""
 
-    def __init__(self, plan: StepPlan, share: Share, *, num_steps: int, mixture: str) -> None:
+    def __init__(
+        self, plan: StepPlan, share: Share, *, num_steps: int, mixture: str, start: Mapping[str, Any] | None = None
+    ) -> None:
         """Share out a plan.
 
         Args:
             mixture: digest of what is drawn; a position in other data means nothing.
+            start: state to begin with, the same on every rank.
         """
         self.share = share
         self.num_steps = num_steps
         self._plan = plan
         self._mixture = mixture
         self._first = 0
-        self._state: Mapping[str, Any] | None = None
+        self._state = start
         self._is_of_other_data = False
         self._planned: dict[int, Step] = {}
 
@@ -85,11 +93,16 @@ class StepSampler(Sampler[list[int]]):
         return self._planned[number]
 
     def save(self, checkpoint_dir: Path, step: int) -> None:
+        """Write where in the data a step stands that was reached and is not left behind."""
         content = {"version": _VERSION, "step": step, "num_steps": self.num_steps, "mixture": self._mixture}
         write_json_atomically(checkpoint_dir / POSITION_FILE, {**content, "plan": self.get_step(step).state})
 
     def load(self, checkpoint_dir: Path) -> None:
-        """Go on where a checkpoint stands."""
+        """Go on where a checkpoint stands.
+
+        Raises:
+            CheckpointCorrupt: it does not say where.
+        """
         content = _read(checkpoint_dir)
         self._first = content["step"]
         self._state = content["plan"]
@@ -97,10 +110,19 @@ class StepSampler(Sampler[list[int]]):
         if self._is_of_other_data:
             logger.warning(
                 "The data are not those of the checkpoint: media were mended or lost since. Training goes on with the "
-                "weights and the step of the checkpoint, but in another order than without the interruption."
+                "weights and the step of the checkpoint, but in another order than without the interruption; the "
+                "number of steps stays."
             )
 
 
 def _read(checkpoint_dir: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((checkpoint_dir / POSITION_FILE).read_text())
+    try:
+        content: dict[str, Any] = json.loads((checkpoint_dir / POSITION_FILE).read_text())
+    except FileNotFoundError:
+        content = {"version": None}
+    if content["version"] != _VERSION:
+        raise CheckpointCorrupt(
+            f"{checkpoint_dir}: its {POSITION_FILE} is of version {content['version']}, this trainer reads {_VERSION}. "
+            "Resume with the trainer that wrote the checkpoint, or train the stage afresh (--fresh)."
+        )
     return content

@@ -39,17 +39,25 @@ class Step:
 class StepPlan(Protocol):
     """The steps of a training, in order."""
 
-    def count_steps(self, num_epochs: float) -> int:
-        """Count the steps of some epochs."""
+    def begin(self) -> Mapping[str, Any]:
+        """Decide what the data decide, and give the state before the first step."""
+        ...
+
+    def count_steps(self, num_epochs: float, start: Mapping[str, Any]) -> int:
+        """Count the steps of some epochs.
+
+        Args:
+            start: of `begin`.
+        """
         ...
 
     def iter_steps(
         self, first: int = 0, state: Mapping[str, Any] | None = None, *, is_of_other_data: bool = False
     ) -> Iterator[Step]:
-        """Yield the steps behind the first so many.
+        """Yield the steps behind the first so many, as long as there are data.
 
         Args:
-            state: of the last of those; None before the first step.
+            state: of the last of those, or of `begin`; None is decided here.
             is_of_other_data: the data are not those that the state was of.
         """
         ...
@@ -72,7 +80,10 @@ class PaddedPlan:
         rounded = math.floor if drops_last else math.ceil
         self._steps_per_epoch = max(1, rounded(len(mixture) / batch_size))
 
-    def count_steps(self, num_epochs: float) -> int:
+    def begin(self) -> Mapping[str, Any]:
+        return {}
+
+    def count_steps(self, num_epochs: float, start: Mapping[str, Any]) -> int:
         return math.ceil(num_epochs * self._steps_per_epoch)
 
     def iter_steps(
@@ -131,9 +142,13 @@ class PackedPlan:
         self._drops_last = drops_last
         self._log = log
 
-    def count_steps(self, num_epochs: float) -> int:
+    def begin(self) -> Mapping[str, Any]:
+        return self._build_sampler().state()
+
+    def count_steps(self, num_epochs: float, start: Mapping[str, Any]) -> int:
         """Count the steps of all epochs that the sampler has, by planning them: some 10 us a sample."""
         sampler = self._build_sampler()
+        sampler.load_state(start)
         sizes = [len(packs) for packs in iter(sampler.take_step, [])]
         num_steps = len(sizes) - (self._drops_last and sizes[-1] < sizes[0])
         return max(1, math.ceil(num_steps * num_epochs / math.ceil(num_epochs)))
@@ -146,11 +161,12 @@ class PackedPlan:
             sampler.load_state(state, is_of_other_data=is_of_other_data)
         while True:
             packs = sampler.take_step()
-            state = sampler.state()
+            if not packs:
+                return
             if self._log is not None:
                 self._log.record(packs, block_steps=sampler.block_steps)
-            epoch = state["epoch"] + state["position"] / self._draws_per_epoch
-            yield Step([pack.ids for pack in packs], epoch, state, packs)
+            epoch = sampler.num_samples / self._draws_per_epoch
+            yield Step([pack.ids for pack in packs], epoch, sampler.state(), packs)
 
 
 def _derive_seed(key: str) -> int:

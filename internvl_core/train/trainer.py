@@ -75,12 +75,12 @@ class InternVLTrainer(Trainer):
         return super().get_batch_samples(self._meter.time_waits(epoch_iterator), *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Sum the weights of all supervised tokens of an update, over all ranks; 1 where there is none."""
+        """Sum the weights of all supervised tokens of an update, over all ranks."""
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
             total += batch["loss_weights"].sum(dtype=torch.float64)
-        total = self.accelerator.reduce(total.to(device), reduction="sum")
-        return torch.where(total > 0, total, 1.0)
+        summed: Tensor = self.accelerator.reduce(total.to(device), reduction="sum")
+        return summed
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -2,13 +2,12 @@
 
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import nn
 
 from internvl_core.arguments import Arguments
 from internvl_core.data.collate import PackCollator, SampleCollator
@@ -25,6 +24,8 @@ from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.train.pack_log import PackLog
 from internvl_core.train.sampler import Share, StepSampler, read_num_steps
 from internvl_core.train.steps import PackedPlan, PaddedPlan
+
+_Answer = TypeVar("_Answer")
 
 
 def build_training_data(
@@ -86,7 +87,7 @@ def build_step_sampler(
     )
     plan: PaddedPlan | PackedPlan
     if is_packed:
-        plan = _plan_packs(arguments, mixture, _build_cost(arguments, model), share)
+        plan = _plan_packs(arguments, mixture, _build_cost(model), share)
     else:
         plan = PaddedPlan(
             mixture,
@@ -95,14 +96,16 @@ def build_step_sampler(
             is_grouped=training.train_sampling_strategy == "group_by_length",
             drops_last=training.dataloader_drop_last,
         )
-    if training.max_steps <= 0:
-        training.max_steps = (
-            read_num_steps(resume_from) if resume_from else _count_steps(plan, training.num_train_epochs)
-        )
-    sampler = StepSampler(plan, share, num_steps=training.max_steps, mixture=mixture.digest)
     if resume_from is not None:
+        if training.max_steps <= 0:
+            training.max_steps = read_num_steps(resume_from)
+        sampler = StepSampler(plan, share, num_steps=training.max_steps, mixture=mixture.digest)
         sampler.load(resume_from)
-    return sampler
+        return sampler
+    start = _ask_rank_zero(plan.begin)
+    if training.max_steps <= 0:
+        training.max_steps = plan.count_steps(training.num_train_epochs, start)
+    return StepSampler(plan, share, num_steps=training.max_steps, mixture=mixture.digest, start=start)
 
 
 def _plan_packs(arguments: Arguments, mixture: Mixture, cost: SampleCost, share: Share) -> PackedPlan:
@@ -123,25 +126,33 @@ def _plan_packs(arguments: Arguments, mixture: Mixture, cost: SampleCost, share:
     return PackedPlan(build_sampler, draws_per_epoch=len(mixture), drops_last=training.dataloader_drop_last, log=log)
 
 
-def _build_cost(arguments: Arguments, model: InternVLForTraining) -> SampleCost:
-    def learns(part: nn.Module) -> bool:
-        return any(parameter.requires_grad for parameter in part.parameters())
-
+def _build_cost(model: InternVLForTraining) -> SampleCost:
+    parts = {"vision_tower": False, "multi_modal_projector": False, "language_model": False}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in parts if f".{part}." in name), None)
+        if part is None or not parameter.requires_grad:
+            continue
+        # Adapters add little of their own, but gradients flow through the language model as if the projector learnt.
+        is_adapter_of_llm = part == "language_model" and "lora_" in name
+        parts["multi_modal_projector" if is_adapter_of_llm else part] = True
     return build_sample_cost(
         ModelShape.from_config(model.config),
-        learns_vision=learns(model.model.vision_tower),
-        learns_projector=learns(model.model.multi_modal_projector),
-        learns_llm=learns(model.model.language_model),
-        is_checkpointed=arguments.model.grad_checkpoint,
+        learns_vision=parts["vision_tower"],
+        learns_projector=parts["multi_modal_projector"],
+        learns_llm=parts["language_model"],
+        # Whatever the arguments say: a stage that is short of memory must be able to switch it on, and keep its packs.
+        is_checkpointed=True,
     )
 
 
-def _count_steps(plan: PaddedPlan | PackedPlan, num_epochs: float) -> int:
-    """Let rank 0 count for all: packs have to be planned to be counted."""
-    counted = [plan.count_steps(num_epochs) if not dist.is_initialized() or dist.get_rank() == 0 else 0]
-    if dist.is_initialized():
-        dist.broadcast_object_list(counted)
-    return counted[0]
+def _ask_rank_zero(decide: Callable[[], _Answer]) -> _Answer:
+    """Decide once for all: sums of floats differ in the last bit between kinds of processor, and so would packs."""
+    if not dist.is_initialized():
+        return decide()
+    answers: list[Any] = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answers)
+    answer: _Answer = answers[0]
+    return answer
 
 
 def list_data_values(arguments: Arguments) -> Mapping[str, Any]:

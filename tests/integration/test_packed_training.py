@@ -29,6 +29,7 @@ from internvl_core.model.load import assemble_components
 from internvl_core.train.ledger import LEDGER_FILE
 from internvl_core.train.sampler import POSITION_FILE
 from internvl_core.train.training_data import build_step_sampler, build_training_data, list_data_values
+from tasks.launch import RunningStage
 
 pytestmark = [
     pytest.mark.integration,
@@ -67,7 +68,7 @@ def packed(inputs: Inputs, base: Path) -> dict[str, Any]:
         **common,
         "model_name_or_path": str(base),
         "meta_path": str(inputs.folder / "data" / "pretrain.json"),
-        "max_packed_tokens": 256,
+        "max_packed_tokens": 192,
         "num_images_expected": 16,
         "strict_mode": False,
         "per_device_train_batch_size": 1,
@@ -78,8 +79,14 @@ def train(directory: Path, arguments: dict[str, Any], **options: Any) -> Attempt
     return run(directory, arguments, **{"entry": "pretrain", **options})
 
 
-def count_records(meta_path: str) -> int:
-    return sum(len(Path(meta.annotation).read_text().splitlines()) for meta in load_meta(meta_path))
+def count_draws(meta_path: str) -> int:
+    """Count the samples of an epoch."""
+    draws = 0
+    for meta in load_meta(meta_path):
+        num_records = len(Path(meta.annotation).read_text().splitlines())
+        passes, extra = meta.count_samples(num_records)
+        draws += passes * num_records + extra
+    return draws
 
 
 # the loss
@@ -128,7 +135,6 @@ def one_step(packed: dict[str, Any], inputs: Inputs, tmp_path_factory: pytest.Te
         "decay_all": False,
         "max_grad_norm": 0,
         "max_steps": 1,
-        "max_packed_tokens": 192,
         "cache_dir": str(inputs.folder / "cache"),
     }
 
@@ -183,6 +189,10 @@ def everything(packed: dict[str, Any]) -> dict[str, Any]:
     return {
         **packed,
         **frozen,
+        # Small enough that packs differ in cost and steps are grouped by it.
+        "max_packed_tokens": 96,
+        "max_seq_length": 96,
+        "num_images_expected": 8,
         "use_llm_lora": 4,
         "dataloader_num_workers": 2,
         "loss_reduction": "square",
@@ -194,7 +204,9 @@ def everything(packed: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(everything: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Attempt:
-    return train(tmp_path_factory.mktemp("undisturbed") / "1", everything)
+    ended = train(tmp_path_factory.mktemp("undisturbed") / "1", everything)
+    assert "steps are grouped by it" in ended.log
+    return ended
 
 
 def read_curve(directory: Path) -> list[dict[str, Any]]:
@@ -217,14 +229,19 @@ def find_ranks(directory: Path) -> list[int]:
     return found
 
 
+def wait_for_step(running: RunningStage, step: int) -> None:
+    directory = running.attempt_dir
+    deadline = time.monotonic() + KILL_DEADLINE_S
+    while not any(line["step"] >= step for line in read_curve(directory)):
+        assert running.poll() is None, (directory / "trainer.log").read_text()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def kill_at(directory: Path, arguments: dict[str, Any], step: int, victim: int) -> None:
     """Start a stage and kill one of its processes with SIGKILL as soon as it has done a step."""
     with launch(directory, arguments, entry="pretrain") as running:
-        deadline = time.monotonic() + KILL_DEADLINE_S
-        while not any(line["step"] >= step for line in read_curve(directory)):
-            assert running.poll() is None, (directory / "trainer.log").read_text()[-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for_step(running, step)
         ranks = sorted(find_ranks(directory))
         os.kill(ranks[victim % len(ranks)], signal.SIGKILL)
         killed = wait(running)
@@ -279,18 +296,14 @@ def read_positions(*attempts: Attempt) -> dict[int, Any]:
 
 
 def test_the_packs_of_each_step_are_the_same_on_two_ranks_on_one_and_on_two_again(
-    everything: dict[str, Any], undisturbed: Attempt, tmp_path: Path
+    everything: dict[str, Any], tmp_path: Path
 ) -> None:
     elastic = {**everything, "max_steps": 12, "save_steps": 1}
     expected = train(tmp_path / "expected" / "1", elastic)
     kill_at(tmp_path / "1", elastic, 4, 0)
     alone = {**elastic, "gradient_accumulation_steps": 2}
     with launch(tmp_path / "2", alone, entry="pretrain", num_ranks=1) as running:
-        deadline = time.monotonic() + KILL_DEADLINE_S
-        while not any(line["step"] >= 8 for line in read_curve(tmp_path / "2")):
-            assert running.poll() is None, (tmp_path / "2" / "trainer.log").read_text()[-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for_step(running, 8)
         running.ask_to_stop()
         one_rank = wait(running)
     assert one_rank.failure.error == "Preempted"
@@ -304,6 +317,9 @@ def test_the_packs_of_each_step_are_the_same_on_two_ranks_on_one_and_on_two_agai
     assert losses == pytest.approx([line["loss"] for line in expected.curve], rel=0.1)
 
 
+DEEP = 3_000_000
+
+
 def pretend_step(checkpoint: Path, step: int) -> None:
     """Make a training checkpoint of a late step out of one of an early step."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -311,7 +327,8 @@ def pretend_step(checkpoint: Path, step: int) -> None:
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     position = json.loads((checkpoint / POSITION_FILE).read_text())
     position["step"] = step
-    position["plan"] |= {"epoch": 20_000, "position": 0, "held": [[]]}
+    if step > 1000:
+        position["plan"] |= {"position": DEEP, "num_samples": DEEP}
     (checkpoint / POSITION_FILE).write_text(json.dumps(position))
 
 
@@ -326,13 +343,56 @@ def test_a_resume_takes_as_long_after_a_hundred_thousand_steps_as_after_four(
         for written_on_commit in checkpoint.glob("MANIFEST*"):
             written_on_commit.unlink()
         pretend_step(checkpoint, step)
-        arguments = {**everything, "max_steps": step + 2, "save_strategy": "no"}
+        # One epoch without an end, so that a position can be so deep in it.
+        arguments = {**everything, "replacement": True, "max_steps": step + 2}
         store = StageStore(f"file://{tmp_path}/store-{step}", "stage", FINGERPRINT)
-        info = {"run_id": "run", "counters": {}}
+        info = {"run_id": "run", "counters": {}, "world_size": 2}
         store.publish(checkpoint, step=step, fence=1, kind=CheckpointKind.TRAINING, parent=None, info=info)
         resumed = train(tmp_path / f"run-{step}", arguments, store=tmp_path / f"store-{step}")
         assert f"Resuming from step {step}" in resumed.log
         assert resumed.result.step == step + 2
+        if step > 1000:
+            last = max(resumed.commits, key=lambda commit: (commit.step, commit.kind is CheckpointKind.TRAINING))
+            reached = json.loads((fetch(last.checkpoint, tmp_path) / POSITION_FILE).read_text())
+            assert DEEP < reached["plan"]["num_samples"] < DEEP + 200
         seconds[step] = resumed.result.seconds["setup"] + resumed.result.seconds["first_step"]
     # A walk there would take hours.
     assert seconds[100_000] < seconds[4] + 15
+
+
+# what is told, and other ways to pack
+
+
+def test_each_step_tells_how_full_and_how_even_its_packs_are(undisturbed: Attempt, everything: dict[str, Any]) -> None:
+    curve, counters = undisturbed.curve, undisturbed.result.counters
+    assert len(curve) == 16
+    for line in curve:
+        assert 0.5 < line["token_fill"] <= 1
+        assert 0 < line["tile_fill"] <= 1
+        assert 0.5 < line["balance"] <= 1
+        assert 0 <= line["data_wait_pct"] < 100
+        assert sum(line[f"mixture/{name}"] for name in ("digit", "seven", "even", "text", "pair", "clip")) == (
+            pytest.approx(1)
+        )
+    # Two packs a step.
+    assert sum(2 * line["samples_per_pack"] for line in curve) == pytest.approx(counters["samples"])
+    filled = sum(2 * everything["max_packed_tokens"] * line["token_fill"] for line in curve)
+    assert filled == pytest.approx(counters["tokens"])
+    assert sum(2 * line["samples_per_pack"] * line["mixture/pair"] for line in curve) == pytest.approx(
+        counters["samples/pair"]
+    )
+
+
+def test_a_finetune_may_pack_as_the_original_did_padded_to_the_full_for_an_epoch(
+    packed: dict[str, Any], tmp_path: Path
+) -> None:
+    original = {"packer": "legacy", "max_buffer_size": 5, "strict_mode": True, "per_device_train_batch_size": 2}
+    arguments = {**packed, **original, "use_packed_ds": True, "num_train_epochs": 1, "log_freq": 50}
+    del arguments["max_steps"]
+    ended = train(tmp_path / "1", arguments, entry="finetune")
+    assert ended.result.counters["samples"] == count_draws(packed["meta_path"])
+    assert ended.result.counters["bad_samples"] == 0
+    assert all(0 < line["loss"] < 20 for line in ended.curve)
+    told = [int(line.split("Packed ")[1].split()[0]) for line in ended.log.splitlines() if "samples into" in line]
+    # A line each fifty samples, at the end of the step that has the fiftieth.
+    assert [count // 50 for count in told] == list(range(1, count_draws(packed["meta_path"]) // 50 + 1))

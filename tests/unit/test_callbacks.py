@@ -66,6 +66,9 @@ def meter() -> StepMeter:
 class Plan:
     """Two steps an epoch, of a sample each."""
 
+    def begin(self) -> Mapping[str, Any]:
+        return {}
+
     def count_steps(self, num_epochs: float) -> int:
         raise NotImplementedError
 

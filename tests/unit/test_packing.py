@@ -56,7 +56,7 @@ def take_epochs(sampler: PackSampler, count: int) -> list[Pack]:
 
 def list_epoch(stream: ListStream, limits: PackLimits = STANDARD, packer: PackerName = "balanced") -> list[Pack]:
     trial = try_plan(stream, limits, COST, stream.totals, packer=packer)
-    return list(iter_packs(trial.plan, stream, limits, COST))
+    return list(iter_packs(trial.plan, stream, limits))
 
 
 def measure_balance(steps: list[list[Pack]]) -> float:
@@ -125,6 +125,37 @@ def test_a_resumed_sampler_goes_on_through_blocks_and_epochs(limits: PackLimits)
         resumed = build_sampler(stream, limits, packs_per_step=8)
         resumed.load_state(json.loads(states[number]))
         assert resumed.take_step() == steps[number + 1]
+
+
+@pytest.mark.parametrize("limits", [STANDARD, SHORT], ids=["even", "grouped"])
+def test_a_state_keeps_its_costs_whatever_the_trainer_counts_by_now(limits: PackLimits) -> None:
+    stream = draw_mixture(2500, videos=0.2, limits=SHORT)
+    sampler = build_sampler(stream, limits, packs_per_step=8)
+    for _ in range(5):
+        sampler.take_step()
+    # As if activation checkpointing had been switched off: another weight of tokens against tiles.
+    resumed = build_sampler(stream, limits, packs_per_step=8, cost=SampleCost(1.0, 1e-6, 20.0))
+    resumed.load_state(json.loads(json.dumps(sampler.state())))
+    for _ in range(30):
+        assert resumed.take_step() == sampler.take_step()
+
+
+def test_a_stream_without_an_end_is_grouped_as_one_that_has_one() -> None:
+    stream = draw_mixture(4000, videos=0.3, limits=SHORT)
+    total = stream.totals
+    average = SizeTotals(1.0, total.tokens / 4000, total.tokens_squared / 4000, total.tiles / 4000, is_endless=True)
+    for packs_per_step in (8, 64):
+        trials = [try_plan(stream, SHORT, COST, totals) for totals in (total, average)]
+        assert choose_block_steps(trials[1], packs_per_step) >= choose_block_steps(trials[0], packs_per_step) > 1
+
+
+def test_samples_are_counted_over_all_steps() -> None:
+    stream = draw_mixture(2500, videos=0.2, limits=SHORT)
+    sampler = build_sampler(stream, SHORT, packs_per_step=8)
+    count = 0
+    for _ in range(40):
+        count += sum(len(pack.ids) for pack in sampler.take_step())
+        assert sampler.num_samples == sampler.state()["num_samples"] == count
 
 
 def test_the_state_is_small_however_many_packs_a_step_has() -> None:

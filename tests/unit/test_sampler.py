@@ -5,6 +5,7 @@ import pytest
 from data_sets import build_mixture
 
 from internvl_core.data.mixture import Mixture
+from internvl_core.errors import CheckpointCorrupt
 from internvl_core.train.sampler import Share, StepSampler
 from internvl_core.train.steps import PaddedPlan
 
@@ -71,8 +72,8 @@ def test_the_position_is_that_of_the_step_and_not_of_what_was_read_ahead(mixture
 
 def test_steps_that_were_left_behind_are_forgotten(mixture: Mixture) -> None:
     sampler = build_sampler(mixture, Share(0, 1, 1, 2))
-    list(sampler)
-    assert sampler.get_step(3).epoch > sampler.get_step(3).epoch / 2
+    batches = list(sampler)
+    assert [draw for item in sampler.get_step(3).items for draw in item] == batches[2]
     with pytest.raises(KeyError):
         sampler.get_step(2)
 
@@ -88,3 +89,11 @@ def test_a_position_in_other_data_is_said_to_be_one(
     assert not caplog.records
     build_sampler(mixture, share, digest="other").load(tmp_path)
     assert "The data are not those of the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_without_a_position_is_not_resumed_from(mixture: Mixture, tmp_path: Path) -> None:
+    sampler = build_sampler(mixture, Share(0, 1, 1, 2))
+    with pytest.raises(
+        CheckpointCorrupt, match=r"data_position.json is of version None, this trainer reads 1\. .*fresh"
+    ):
+        sampler.load(tmp_path)

@@ -1,12 +1,17 @@
 import itertools
+import json
+import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 from data_sets import build_mixture
+from size_streams import COST, STANDARD, draw_mixture
 
 from internvl_core.data.mixture import Mixture
-from internvl_core.train.steps import PaddedPlan, Step
+from internvl_core.data.packing import PackSampler
+from internvl_core.train.steps import PackedPlan, PaddedPlan, Step
 
 BATCH = 4
 
@@ -59,7 +64,7 @@ def test_the_rest_of_an_epoch_may_be_dropped(mixture: Mixture) -> None:
 @pytest.mark.parametrize(("num_epochs", "drops_last", "num_steps"), [(1, False, 26), (1, True, 25), (2.5, False, 65)])
 def test_the_steps_of_epochs_are_counted(mixture: Mixture, num_epochs: float, drops_last: bool, num_steps: int) -> None:
     plan = PaddedPlan(mixture, batch_size=BATCH, is_grouped=False, drops_last=drops_last)
-    assert plan.count_steps(num_epochs) == num_steps
+    assert plan.count_steps(num_epochs, plan.begin()) == num_steps
 
 
 def test_samples_of_like_length_share_a_step(mixture: Mixture) -> None:
@@ -68,3 +73,59 @@ def test_samples_of_like_length_share_a_step(mixture: Mixture) -> None:
         return sum(max(batch) - min(batch) for batch in lengths)
 
     assert spread(True) < spread(False) / 3
+
+
+# packs
+
+
+def build_packed(*, packs_per_step: int = 8, num_epochs: int | None = None, drops_last: bool = False) -> PackedPlan:
+    stream = draw_mixture(600)
+    build_sampler = partial(
+        PackSampler,
+        stream,
+        STANDARD,
+        COST,
+        totals=stream.totals,
+        seed=0,
+        packs_per_step=packs_per_step,
+        num_epochs=num_epochs,
+    )
+    return PackedPlan(build_sampler, draws_per_epoch=600, drops_last=drops_last)
+
+
+def test_packed_steps_go_on_from_the_state_of_any() -> None:
+    plan = build_packed()
+    steps = list(itertools.islice(plan.iter_steps(), 20))
+    assert list(itertools.islice(plan.iter_steps(0, plan.begin()), 20)) == steps
+    for number in (1, 7, 19):
+        state = json.loads(json.dumps(steps[number - 1].state))
+        assert next(plan.iter_steps(number, state)) == steps[number], number
+    assert [len(step.items) for step in steps] == [8] * 20
+
+
+def test_the_packed_steps_of_epochs_are_counted() -> None:
+    num_packs = {
+        epochs: sum(len(step.items) for step in build_packed(num_epochs=epochs).iter_steps()) for epochs in (1, 2)
+    }
+    for epochs, packs in num_packs.items():
+        assert count_steps(build_packed(num_epochs=epochs), epochs) == math.ceil(packs / 8)
+        assert count_steps(build_packed(num_epochs=epochs, drops_last=True), epochs) == packs // 8
+    assert packs % 8
+    assert count_steps(build_packed(num_epochs=2), 1.5) == math.ceil(0.75 * math.ceil(packs / 8))
+
+
+def count_steps(plan: PackedPlan, num_epochs: float) -> int:
+    return plan.count_steps(num_epochs, plan.begin())
+
+
+def test_an_epoch_is_over_when_its_last_sample_was_in_a_step() -> None:
+    seen = 0
+    for step in itertools.islice(build_packed().iter_steps(), 30):
+        seen += sum(len(item) for item in step.items)
+        assert step.epoch == seen / 600
+    assert step.epoch > 2
+
+
+def test_steps_end_with_the_data() -> None:
+    steps = list(build_packed(num_epochs=1).iter_steps())
+    assert sorted(draw for step in steps for item in step.items for draw in item) == list(range(600))

@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from data_sets import build_encoding, record, write_meta
+from tiny_internvl import build_tiny_model
 
-from internvl_core.arguments import parse_arguments
+from internvl_core.arguments import ModelArguments, parse_arguments
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.errors import DataError
-from internvl_core.train.training_data import build_training_data
+from internvl_core.model.flops import ModelShape, build_sample_cost
+from internvl_core.model.trainable import set_trainable
+from internvl_core.train.training_data import _build_cost, build_training_data
 
 
 def build(folder: Path, *, num_records: int = 2) -> SupervisedDataset:
@@ -49,3 +52,29 @@ def test_the_digest_of_the_data_follows_what_is_drawn(tmp_path: Path) -> None:
     before = build(tmp_path).mixture.digest
     assert build(tmp_path).mixture.digest == before
     assert build(tmp_path, num_records=3).mixture.digest != before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21
+@pytest.mark.parametrize(
+    ("arguments", "times_frozen"),
+    [
+        ({"freeze_llm": True, "freeze_backbone": True}, (2, 1)),
+        ({"freeze_llm": True, "freeze_backbone": True, "freeze_mlp": True, "use_llm_lora": 2}, (2, 1)),
+        ({}, (3, 3)),
+    ],
+)
+def test_a_sample_costs_what_its_stage_computes(arguments: dict[str, Any], times_frozen: tuple[int, int]) -> None:
+    """In forwards of the language model and of the vision tower, without the recomputation."""
+    model = build_tiny_model()
+    set_trainable(model, ModelArguments(**arguments))
+    cost = _build_cost(model)
+    shape = ModelShape.from_config(model.config)
+    forward = build_sample_cost(
+        shape, learns_vision=False, learns_projector=False, learns_llm=False, is_checkpointed=True
+    )
+    for found, frozen, times in zip(
+        (cost.per_token, cost.per_tile), (forward.per_token, forward.per_tile), times_frozen, strict=True
+    ):
+        recomputed = times > 1
+        # The projector, a fifth of so small a tower, is not computed anew.
+        assert found / frozen == pytest.approx(times + recomputed, rel=0.2)
