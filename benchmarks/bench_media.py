@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import PIL.features
 import torch
+from machine import name_processor
 from PIL import Image
 from torch import Tensor
 
@@ -183,10 +184,8 @@ def find_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def describe_machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": name_processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from machine import name_processor
 from synthetic import PAD, REFERENCE_TOKENS_PER_TILE, SHAPES, Sizes, build_model, draw_sizes, make_samples
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -213,10 +214,8 @@ def find_peak(device: torch.device) -> float | None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else models[0],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name_processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
