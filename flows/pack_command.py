@@ -1,5 +1,6 @@
 """`internvl data pack-report`: what packing makes of samples of given sizes."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,13 +31,17 @@ def pack_report(
     """Pack samples of given sizes; print a JSON object, and a table on stderr."""
     import json
 
-    from internvl_core.data.sizes import PackLimits
+    from internvl_core.data.sizes import MAX_PACK_TILES, MAX_PACK_TOKENS, PackLimits
     from internvl_core.inspection.pack_report import load_lengths, report_packs
     from internvl_core.model.flops import NAMED_SHAPES, build_sample_cost
 
-    for name, value, least in (("--max-tokens", max_tokens, 1), ("--max-tiles", max_tiles, 1), ("--seed", seed, 0)):
-        if value < least:
-            raise ArgumentError(f"{name}: {value} must be at least {least}.")
+    for name, value, least, most in (
+        ("--max-tokens", max_tokens, 1, MAX_PACK_TOKENS),
+        ("--max-tiles", max_tiles, 1, MAX_PACK_TILES),
+        ("--seed", seed, 0, 2**32 - 1),
+    ):
+        if not least <= value <= most:
+            raise ArgumentError(f"{name}: {value} must be from {least} to {most}.")
     if model not in NAMED_SHAPES:
         raise ArgumentError(f"--model: {model} is none of {', '.join(NAMED_SHAPES)}.")
     numbers = _read_ranks(ranks)
@@ -53,7 +58,7 @@ def pack_report(
 def _read_ranks(text: str) -> list[int]:
     numbers = []
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < 1:
+        if not re.fullmatch(r"\s*0*[1-9][0-9]{0,6}\s*", part):
             raise ArgumentError(
                 f"--ranks: {text}: {part.strip() or 'nothing'} is no number of ranks, such as 8,64,512."
             )

@@ -41,8 +41,9 @@ BOUNDS: Mapping[str, Mapping[str, Any]] = {
     "max_dynamic_patch": {"minimum": 1},
     # As in data/templates.py; a test holds the two together.
     "conv_style": {"enum": ["Hermes-2", "internlm2-chat", "internvl2_5", "internvl_zh", "phi3-chat"]},
-    "num_images_expected": {"minimum": 1},
-    "max_packed_tokens": {"minimum": 1},
+    # As in data/sizes.py.
+    "num_images_expected": {"minimum": 1, "maximum": 2**16},
+    "max_packed_tokens": {"minimum": 1, "maximum": 2**24},
     "max_buffer_size": {"minimum": 1},
     "log_freq": {"minimum": 1},
     # As in data/loss_weights.py.

@@ -22,12 +22,21 @@ class StageProgress:
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
+        self._began = time.time()
+        self._earlier_step: int | None = None
         self._next_line = 0.0
         self._next_bar = 0.0
         self._artifact_id: UUID | None = None
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Tell a line of metrics.jsonl, unless the last was told just now; the last step is always told."""
+        if line["time"] < self._began:
+            # Of an earlier attempt, and brought along by the checkpoint that is resumed from.
+            self._earlier_step = line["step"]
+            return
+        if self._earlier_step is not None:
+            get_run_logger().info("%s: resumed from step %d", self._stage, self._earlier_step)
+            self._earlier_step = None
         now, is_last = time.monotonic(), line["step"] >= line["max_steps"]
         if now >= self._next_line or is_last:
             self._next_line = now + LINE_INTERVAL_S

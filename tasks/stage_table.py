@@ -92,7 +92,9 @@ def _write_speed(stage: TrainedStage) -> str:
 
 
 def _write_seconds(stage: TrainedStage) -> str:
-    return f"{sum(stage.result.seconds.values()):,.1f}" if stage.result.seconds else MISSING
+    # The first step is a part of the training.
+    spans = [seconds for name, seconds in stage.result.seconds.items() if name != "first_step"]
+    return f"{sum(spans):,.1f}" if spans else MISSING
 
 
 COLUMNS = (

@@ -37,6 +37,10 @@ class SizeTotals:
     is_endless: bool = False
 
 
+MAX_PACK_TOKENS, MAX_PACK_TILES = 2**24, 2**16
+"""No pack may hold more: sums of sizes are counted in 32 bits."""
+
+
 @dataclass(frozen=True)
 class PackLimits:
     """What fits into a pack."""

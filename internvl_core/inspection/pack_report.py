@@ -223,6 +223,8 @@ def _load_arrays(path: Path) -> tuple[NDArray[np.integer[Any]], NDArray[np.integ
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: a single array. Save an .npz file with the arrays tokens and tiles.")
             arrays = [content[name] if name in content.files else None for name in ("tokens", "tiles")]
+            if any(isinstance(array, bytes) for array in arrays):
+                raise DataError(f"{path}: tokens or tiles is no array. Save the file with numpy.savez.")
         # Whatever zip files and headers of arrays can be broken in.
         except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -236,7 +238,7 @@ def _check(path: Path, name: str, array: NDArray[Any] | None) -> NDArray[np.inte
         raise DataError(f"{path}: no array {name}. It should hold the arrays tokens and tiles.")
     if array.ndim != 1:
         raise DataError(f"{path}: {name} has {array.ndim} dimensions; it should have one, a row a sample.")
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise DataError(f"{path}: {name} are {array.dtype}; they should be whole numbers.")
     if len(array) and array.min() < 0:
         row = int(array.argmin())

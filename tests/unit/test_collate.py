@@ -177,3 +177,14 @@ def test_a_pack_of_which_nothing_is_left_teaches_nothing(num_tokens: int) -> Non
     assert batch["num_tiles"] == 0
     assert batch["sample_ids"] == []
     assert batch["bad_samples"] == [BAD, BAD]
+
+
+def test_padding_is_cut_so_that_attention_over_it_stays_cheap() -> None:
+    collator = PackCollator(PAD, "token", PackLimits(3000, 4), packs_per_batch=2)
+    batch = collator([sample([1, 2, 3], 1), sample([4, 5], 0)])
+    lengths = batch["cu_seq_lens"].diff()
+    assert lengths[:2].tolist() == [3, 2]
+    assert lengths.sum() == 6000 == batch["input_ids"].shape[1]
+    assert max(lengths[2:]) == batch["max_seq_len"] == 512
+    starts = batch["cu_seq_lens"][:-1].long()
+    assert not batch["position_ids"][0, starts].any()

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from internvl_core.argument_rules import check_arguments, resolve_arguments
+from internvl_core.argument_rules import check_arguments, load_properties, resolve_arguments
+from internvl_core.data.sizes import MAX_PACK_TILES, MAX_PACK_TOKENS
 from internvl_core.errors import ArgumentError
 from internvl_core.packing_rules import is_packed
 
@@ -72,6 +73,14 @@ def test_data_that_start_over_need_a_number_of_steps() -> None:
 
 def test_a_pack_never_grows_over_its_limit() -> None:
     assert "allow_overflow: True: a pack that grew over its limit" in refuse({"allow_overflow": True}, entry="pretrain")
+
+
+def test_a_pack_has_a_size_that_can_be_counted() -> None:
+    properties = load_properties()
+    assert properties["max_packed_tokens"]["maximum"] == MAX_PACK_TOKENS
+    assert properties["num_images_expected"]["maximum"] == MAX_PACK_TILES
+    with pytest.raises(ArgumentError, match=r"max_packed_tokens: .*at most 16777216"):
+        resolve_arguments({"max_packed_tokens": 2**32})
 
 
 def test_an_unknown_reduction_of_the_loss_is_refused_before_any_step() -> None:

@@ -1,6 +1,7 @@
 """What the Prefect UI shows of a run, and that it can never fail one."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -67,9 +68,10 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return told
 
 
-def show(progress: StageProgress, *steps: int) -> None:
+def show(progress: StageProgress, *steps: int, age_s: float = 0) -> None:
+    values = {"max_steps": 40, "loss": 1.0, "tokens_per_s": 10.0, "eta_s": 1.0, "time": time.time() - age_s}
     for step in steps:
-        progress.show({"step": step, "max_steps": 40, "loss": 1.0, "tokens_per_s": 10.0, "eta_s": 1.0})
+        progress.show({"step": step, **values})
 
 
 def test_progress_is_told_at_a_bounded_rate_and_at_the_end(bars: list[float], caplog: pytest.LogCaptureFixture) -> None:
@@ -79,6 +81,21 @@ def test_progress_is_told_at_a_bounded_rate_and_at_the_end(bars: list[float], ca
     assert [line.split("loss")[0].split() for line in caplog.messages] == [
         ["stage1", "step", "1/40"],
         ["stage1", "step", "40/40"],
+    ]
+
+
+def test_a_resumed_stage_says_from_where_and_tells_no_old_steps(
+    bars: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = StageProgress("stage1")
+    with caplog.at_level(logging.INFO):
+        show(progress, 10, 20, age_s=3600)
+        assert bars == []
+        show(progress, 30)
+    assert bars == [75]
+    assert [line.split("loss")[0].split() for line in caplog.messages] == [
+        ["stage1:", "resumed", "from", "step", "20"],
+        ["stage1", "step", "30/40"],
     ]
 
 
