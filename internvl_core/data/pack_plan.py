@@ -25,6 +25,8 @@ PackerName = Literal["balanced", "legacy"]
 
 # The cap as a share of what a pack would cost if all were full: the room that is left makes them equal.
 _EVEN_CAP, _FULL_CAP = 0.97, 0.99
+# A little more than full, for samples that fill a pack to the last token.
+_FULLEST_CAP, _MIN_GAIN = 1.001, 1.01
 # Emptier packs than this cannot be made equal, so they may as well be full.
 _MIN_EVEN_FILL = 0.993
 _TRIAL_PACKS, _TRIAL_SAMPLES = 2048, 32768
@@ -120,7 +122,9 @@ def try_plan(
 
     trial = run(_EVEN_CAP)
     if packer == "balanced" and trial.costs.mean() < _MIN_EVEN_FILL * trial.plan.cost_cap:
-        trial = run(_FULL_CAP)
+        trial, fullest = run(_FULL_CAP), run(_FULLEST_CAP)
+        if fullest.costs.mean() > _MIN_GAIN * trial.costs.mean():
+            return fullest
     return trial
 
 

@@ -291,6 +291,12 @@ def test_packs_of_other_sets_are_full_and_even(stream: ListStream, limits: PackL
         assert measure_balance(cut_steps(packs, num_ranks)) >= 0.99
 
 
+def test_samples_that_fill_a_pack_to_the_last_tile_do_so() -> None:
+    stream = ListStream([(1000, 3)] * 1600)
+    packs = list_epoch(stream)
+    assert len(packs) == count_full_packs(stream.totals, STANDARD) == 100
+
+
 def test_steps_are_grouped_only_where_packs_cannot_be_even() -> None:
     even = draw_mixture(8000)
     assert choose_block_steps(try_plan(even, STANDARD, COST, even.totals), 64) == 1
