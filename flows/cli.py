@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.data_commands import data_app
+from flows.terminal import leave_terminal
 from internvl_core.errors import ArgumentError, InternVLError
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def run(
     loaded = load_recipe(recipe, overrides)
     check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
 
-    # Before Prefect is imported, which reads its settings then.
+    # Before Prefect is imported, which starts threads.
+    leave_terminal()
+    # And before it reads its settings.
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
     if home := os.environ.get("PREFECT_HOME"):

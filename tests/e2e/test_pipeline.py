@@ -235,7 +235,8 @@ def test_killing_the_flow_leaves_no_trainer_and_the_next_run_resumes(finished: R
 
     process = start_smoke(tmp_path, *long)
     wait_until(has_resumed, deadline_s=120, message="the second attempt did not resume")
-    process.send_signal(signal.SIGINT)
+    # As a terminal does: to the whole group, not to the one process.
+    os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     wait_until(no_trainer_lives, deadline_s=30, message="trainers outlived Ctrl-C")
     assert "Traceback" not in (tmp_path / "output.log").read_text()
