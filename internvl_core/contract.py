@@ -111,7 +111,11 @@ class StageResult(_AtomicFile):
     counters: dict[str, int]
     """trainable_parameters, total_parameters, samples, tokens ..."""
     seconds: dict[str, float]
-    """setup, train, evaluate."""
+    """setup, train, evaluate; first_step is a part of train."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(spent for name, spent in self.seconds.items() if name != "first_step")
 
     @classmethod
     def _file_name(cls) -> str:

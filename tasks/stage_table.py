@@ -92,9 +92,7 @@ def _write_speed(stage: TrainedStage) -> str:
 
 
 def _write_seconds(stage: TrainedStage) -> str:
-    # The first step is a part of the training.
-    spans = [seconds for name, seconds in stage.result.seconds.items() if name != "first_step"]
-    return f"{sum(spans):,.1f}" if spans else MISSING
+    return f"{stage.result.total_s:,.1f}" if stage.result.seconds else MISSING
 
 
 COLUMNS = (

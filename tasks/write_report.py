@@ -77,7 +77,7 @@ def _write_tiles(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str, 
         num_passed = sum(_is_passed(stages, stage, *gate) is True for stage, gate in gates.items())
         yield _write_tile("Gates passed", f"{num_passed} of {len(gates)}", "of the recipe")
     trained = [stage.result for stage in stages if not stage.is_skipped]
-    seconds = sum(sum(result.seconds.values()) for result in trained)
+    seconds = sum(result.total_s for result in trained)
     yield _write_tile("Time in stages", format_duration(seconds) if trained else MISSING, "set up, train, evaluate")
     num_tokens = sum(result.counters.get("tokens", 0) for result in trained)
     num_samples = sum(result.counters.get("samples", 0) for result in trained)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from internvl_core.contract import write_json_atomically
+from internvl_core.contract import CheckpointRef, StageResult, write_json_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -24,3 +24,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         write_json_atomically(path, {"offset": 2})
     assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
+
+
+def test_the_first_step_counts_once() -> None:
+    seconds = {"setup": 1.0, "train": 5.0, "first_step": 2.0, "evaluate": 0.5}
+    assert StageResult(1, CheckpointRef("file:///a", "d"), {}, {}, seconds).total_s == 6.5
