@@ -71,8 +71,8 @@ def test_the_wait_for_a_batch_is_measured_and_the_work_on_it_is_not() -> None:
 
     meter = StepMeter(Share(0, 1, 1, 1), None)
     for _ in meter.time_waits(load()):
-        time.sleep(0.1)
-    assert 40_000 <= meter.take()[3] < 200_000
+        time.sleep(0.5)
+    assert 40_000 <= meter.take()[3] < 1_000_000
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
