@@ -42,11 +42,11 @@ class Batch(PromptBatch):
 
     labels: Tensor
     """[B, T], int64."""
-    loss_weights: NotRequired[Tensor]
-    """[B, T], float32, where the labels are; this and the numbers only if the collator has a `loss_reduction`."""
-    num_tokens: NotRequired[int]
+    loss_weights: Tensor
+    """[B, T], float32, where the labels are."""
+    num_tokens: int
     """Without padding; the model does not take it."""
-    num_tiles: NotRequired[int]
+    num_tiles: int
     bad_samples: list[BadSample]
     """Drawn for this batch and left out of it."""
 
@@ -83,8 +83,7 @@ class SampleCollator:
     """Pad training samples on the right to the longest of the batch."""
 
     pad_token_id: int
-    loss_reduction: LossReduction | None = None
-    """None leaves the weights out: the model then takes the mean over its labels."""
+    loss_reduction: LossReduction = "token"
 
     def __call__(self, samples: Sequence[Sample | BadSample]) -> Batch:
         """Join samples; a batch of which none is left is one padding token, from which nothing is learnt."""
@@ -93,16 +92,16 @@ class SampleCollator:
         prompt = _collate(rows, self.pad_token_id, padding_side="right")
         prompt["sample_ids"] = [sample["sample_id"] for sample in good]
         labels = _pad([sample["labels"] for sample in rows], IGNORE_INDEX, padding_side="right")
-        batch: Batch = {
-            **prompt,  # type: ignore[typeddict-item]  # mypy takes what a batch need not have for missing
+        weights = [weigh_labels(sample["labels"], self.loss_reduction) for sample in rows]
+        num_tokens, num_tiles = _count(good)
+        return {
+            **prompt,
             "labels": labels,
+            "loss_weights": _pad(weights, 0, padding_side="right"),
+            "num_tokens": num_tokens,
+            "num_tiles": num_tiles,
             "bad_samples": bad,
         }
-        if self.loss_reduction is not None:
-            weights = [weigh_labels(sample["labels"], self.loss_reduction) for sample in rows]
-            batch["loss_weights"] = _pad(weights, 0, padding_side="right")
-            batch["num_tokens"], batch["num_tiles"] = _count(good)
-        return batch
 
 
 @dataclass(frozen=True)

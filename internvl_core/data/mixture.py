@@ -202,7 +202,7 @@ class Mixture:
         num_samples = 1.0 if self.is_endless else float(len(self))
         return SizeTotals(num_samples, sums[0], sums[1], sums[2], is_endless=self.is_endless)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sha256 (hex) over what decides the draws: which rows are used, and how large they are."""
         digest = hashlib.sha256("/".join(map(str, self._limits)).encode())

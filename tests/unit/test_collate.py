@@ -69,9 +69,8 @@ def test_a_batch_of_which_nothing_is_left_teaches_nothing() -> None:
     assert "pixel_values" not in batch
 
 
-def test_weights_are_in_the_batch_only_if_a_reduction_is_named() -> None:
+def test_weights_of_padded_samples_stand_where_their_labels_do() -> None:
     samples = [sample([1, 2, 3], 0), sample([4], 0)]
-    assert "loss_weights" not in SampleCollator(PAD)(samples)
     weights = SampleCollator(PAD, "sample")(samples)["loss_weights"]
     assert weights.tolist() == [[0, 0.5, 0.5], [0, 0, 0]]
     assert weights.dtype == torch.float32
