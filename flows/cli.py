@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.data_commands import data_app
+from flows.model_commands import convert
+from flows.plan_command import plan
 from flows.terminal import leave_terminal
 from internvl_core.errors import ArgumentError, InternVLError
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
+app.command()(plan)
+app.command()(convert)
 
 INTERRUPTED = 130
 

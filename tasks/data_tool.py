@@ -15,7 +15,7 @@ from internvl_core.contract import StageFailure, write_json_atomically
 from internvl_core.errors import InternVLError
 from internvl_core.inspection.job import JOB_FILE, REPORT_FILE
 
-Tool = Literal["lint", "show"]
+Tool = Literal["lint", "show", "plan", "convert"]
 
 _MODULE = "internvl_core.inspection"
 _ERRORS_FILE = "errors.log"

@@ -1,20 +1,24 @@
-"""`python -m internvl_core.inspection lint|show FOLDER`: what tasks and the `internvl data` commands start."""
+"""`python -m internvl_core.inspection TOOL FOLDER`: what tasks and the `internvl` command start for work with torch."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from internvl_core.inspection.job import run_job
 
+# Imported late: each tool pays for its own imports only.
+TOOLS = {
+    "lint": ("internvl_core.inspection.lint", "run_lint"),
+    "show": ("internvl_core.inspection.show", "run_show"),
+    "plan": ("internvl_core.inspection.plan", "run_plan"),
+    "convert": ("internvl_core.inspection.convert_job", "run_convert"),
+}
+
 
 def _main() -> int:
     name, folder = sys.argv[1:]
-    if name == "lint":
-        from internvl_core.inspection.lint import run_lint
-
-        return run_job(run_lint, Path(folder))
-    from internvl_core.inspection.show import run_show
-
-    return run_job(run_show, Path(folder))
+    module, function = TOOLS[name]
+    return run_job(getattr(import_module(module), function), Path(folder))
 
 
 if __name__ == "__main__":
