@@ -16,7 +16,11 @@ from internvl_core.model.internvl import InternVLForTraining
 
 logger = logging.getLogger(__name__)
 
-LLM_LORA_TARGETS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj|up_proj)"
+# Qwen2 and Llama (which InternLM2 becomes) have three projections and two gates, Phi3 one of each (reference 2.9).
+LLM_LORA_TARGETS = (
+    r"model\.language_model\..*\."
+    r"(q_proj|k_proj|v_proj|qkv_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj)"
+)
 VISION_LORA_TARGETS = r"model\.vision_tower\..*\.(q_proj|k_proj|v_proj|projection_layer|fc1|fc2)"
 LORA_DROPOUT = 0.05
 
@@ -24,28 +28,19 @@ LORA_DROPOUT = 0.05
 def set_trainable(model: InternVLForTraining, arguments: ModelArguments) -> nn.Module:
     """Freeze and unfreeze by the arguments' flags, and wrap the model in adapters if they ask for LoRA.
 
-    Order as in the original: freeze flags, then single layers and the head, which win over them
-    (`unfreeze_vit_layers`: -N the last N, +N from layer N on).
+    A parameter of the model learns if its part is not frozen or an unfreeze flag names it
+    (`unfreeze_vit_layers`: -N the last N, +N from layer N on). Adapters come on top, whatever is
+    frozen, and always learn. What lies behind `vision_select_layer` does not: no gradient reaches it.
 
     Returns:
         The model, or the PEFT model around it.
 
     Raises:
-        ArgumentError: nothing would learn, or LoRA is combined with parts that learn in full.
+        ArgumentError: nothing would learn, or the flags name layers that the tower does not have or use.
     """
-    model.requires_grad_(True)
-    vision_tower = model.model.vision_tower
-    vision_tower.requires_grad_(not arguments.freeze_backbone)
-    model.model.multi_modal_projector.requires_grad_(not arguments.freeze_mlp)
-    model.model.language_model.requires_grad_(not arguments.freeze_llm)
-    model.lm_head.requires_grad_(not arguments.freeze_llm or arguments.unfreeze_lm_head)
-    if arguments.unfreeze_vit_layers:
-        _unfreeze_layers(vision_tower.encoder.layer, arguments.unfreeze_vit_layers)
-    if arguments.use_llm_lora or arguments.use_backbone_lora:
-        trained: nn.Module = _add_adapters(model, arguments)
-    else:
-        trained = model
-    _freeze_unused(vision_tower, arguments.vision_select_layer)
+    _set_flags(model, arguments)
+    trained = _add_adapters(model, arguments) if arguments.use_llm_lora or arguments.use_backbone_lora else model
+    _freeze_unused(model.model.vision_tower, arguments)
     if not count_trainable(trained):
         raise ArgumentError("freeze_llm, freeze_backbone and freeze_mlp are all True and no LoRA: nothing would learn.")
     logger.info("%s of %s parameters learn", f"{count_trainable(trained):,}", f"{count_parameters(trained):,}")
@@ -76,20 +71,36 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-def _unfreeze_layers(layers: nn.ModuleList, first: int) -> None:
-    if not -len(layers) <= first < len(layers):
-        raise ArgumentError(f"unfreeze_vit_layers: {first}, but the vision tower has {len(layers)} layers.")
-    for layer in layers[first:]:
-        layer.requires_grad_(True)
+def _set_flags(model: InternVLForTraining, arguments: ModelArguments) -> None:
+    vision_tower = model.model.vision_tower
+    vision_tower.requires_grad_(not arguments.freeze_backbone)
+    model.model.multi_modal_projector.requires_grad_(not arguments.freeze_mlp)
+    model.model.language_model.requires_grad_(not arguments.freeze_llm)
+    model.lm_head.requires_grad_(not arguments.freeze_llm or arguments.unfreeze_lm_head)
+    first = arguments.unfreeze_vit_layers
+    if first:
+        layers = vision_tower.encoder.layer
+        if not -len(layers) <= first < len(layers):
+            raise ArgumentError(f"unfreeze_vit_layers: {first}, but the vision tower has {len(layers)} layers.")
+        layers[first:].requires_grad_(True)
 
 
-def _freeze_unused(vision_tower: Any, select_layer: int) -> None:
+def _freeze_unused(vision_tower: Any, arguments: ModelArguments) -> None:
     """Freeze what lies behind the layer that the projector reads: it gets no gradient, only weight decay."""
+    select_layer = arguments.vision_select_layer
     if select_layer == -1:
         return
     layers = vision_tower.encoder.layer
     # One more state than layers: the first is the embeddings'.
+    if not -len(layers) - 1 <= select_layer <= len(layers):
+        raise ArgumentError(f"vision_select_layer: {select_layer}, but the vision tower has {len(layers)} layers.")
     num_used = range(len(layers) + 1)[select_layer]
+    first = arguments.unfreeze_vit_layers
+    if first and range(len(layers))[first] >= num_used:
+        raise ArgumentError(
+            f"unfreeze_vit_layers: {first} names only layers behind the one that the projector reads "
+            f"(vision_select_layer {select_layer}), which nothing depends on. Name an earlier one."
+        )
     layers[num_used:].requires_grad_(False)
     vision_tower.layernorm.requires_grad_(False)
 
@@ -97,18 +108,11 @@ def _freeze_unused(vision_tower: Any, select_layer: int) -> None:
 def _add_adapters(model: InternVLForTraining, arguments: ModelArguments) -> nn.Module:
     from peft import LoraConfig, get_peft_model  # 2 s of imports that only LoRA needs
 
-    learning = list_trainable(model)
-    if learning:
-        raise ArgumentError(
-            f"use_llm_lora, use_backbone_lora: {len(learning)} parameters would learn in full beside the adapters "
-            f"({learning[0]} ...), and an adapter checkpoint would lose them. Set freeze_llm, freeze_backbone and "
-            "freeze_mlp to True and unfreeze nothing."
-        )
-    ranks = {
-        LLM_LORA_TARGETS: arguments.use_llm_lora,
-        VISION_LORA_TARGETS: arguments.use_backbone_lora,
-    }
+    ranks = {LLM_LORA_TARGETS: arguments.use_llm_lora, VISION_LORA_TARGETS: arguments.use_backbone_lora}
     ranks = {targets: rank for targets, rank in ranks.items() if rank}
+    for targets in ranks:
+        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+            raise ArgumentError(f"use_llm_lora, use_backbone_lora: no module of this model is called {targets}.")
     default_rank = next(iter(ranks.values()))
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -120,9 +124,12 @@ def _add_adapters(model: InternVLForTraining, arguments: ModelArguments) -> nn.M
         lora_dropout=LORA_DROPOUT,
         bias="none",
     )
-    if not any(re.fullmatch(config.target_modules, name) for name, _ in model.named_modules()):
-        raise ArgumentError(f"use_llm_lora: no module of this model matches the LoRA targets {sorted(ranks)}.")
-    adapted: nn.Module = get_peft_model(model, config)
+    # By identity: their names change, and PEFT freezes them all.
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Not cast to float32: without DeepSpeed the model is float32 anyway, and under it all weights must have one dtype.
+    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
     if model.is_activation_checkpointing:
         # PEFT 0.21 asks for them again.
         model.disable_input_require_grads()
