@@ -22,6 +22,7 @@ from internvl_core.data.templates import (
     IMAGE_START,
     SPECIAL_TOKENS,
 )
+from internvl_core.data.tokenizer_folder import load_tokenizer
 from internvl_core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -170,15 +171,9 @@ def load_text_encoder(path: str) -> TextEncoder:
     """Load a tokenizer's folder, with InternVL's tokens added as assembling a model adds them.
 
     Raises:
-        ArgumentError: there is no fast tokenizer in it.
+        ArgumentError: there is none in it that can be made a fast one.
     """
-    from transformers import AutoTokenizer  # seconds to import, and not needed by those who are sent an encoder
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArgumentError(f"tokenizer: {path} cannot be loaded: {reason}") from error
+    tokenizer = load_tokenizer(path)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     return TextEncoder.from_tokenizer(tokenizer)
 
