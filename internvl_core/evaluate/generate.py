@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl_core.arguments import Arguments
 from internvl_core.data.collate import PromptCollator
@@ -34,9 +35,12 @@ def evaluate_held_out(
         return {}
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache_dir = Path(arguments.extension.cache_dir).expanduser()
-    questions = load_questions(arguments.extension.eval_meta_path, cache_dir)[rank::world_size]
-    answers = list(iter_answers(model, tokenizer, encoder, questions, arguments))
-    correct, asked = count_matches(questions, answers)
+    questions = load_questions(arguments.extension.eval_meta_path, cache_dir)
+    shares = [questions[each::world_size] for each in range(world_size)]
+    answers = list(iter_answers(model, tokenizer, encoder, shares[rank], arguments))
+    if is_deepspeed_zero3_enabled():
+        _keep_step(model, tokenizer, encoder, shares, rank, arguments)
+    correct, asked = count_matches(shares[rank], answers)
     if dist.is_initialized():
         correct, asked = _sum_over_ranks(correct), _sum_over_ranks(asked)
     scores = summarize_accuracy(correct, asked)
@@ -56,12 +60,34 @@ def iter_answers(
     A batch has one chat format's end of an answer: what ends an answer in one is text in another.
     """
     model.eval()
+    for end_token_id, batch in _iter_batches(encoder, questions, arguments):
+        prompts = [encoder.encode(question) for question in batch]
+        yield from _generate(model, tokenizer, prompts, arguments, end_token_id)
+
+
+def _iter_batches(
+    encoder: QuestionEncoder, questions: list[Question], arguments: Arguments
+) -> Iterator[tuple[int, list[Question]]]:
     batch_size = arguments.training.per_device_eval_batch_size
     for end_token_id, group in groupby(questions, key=encoder.get_end_token_id):
         alike = list(group)
         for start in range(0, len(alike), batch_size):
-            prompts = [encoder.encode(question) for question in alike[start : start + batch_size]]
-            yield from _generate(model, tokenizer, prompts, arguments, end_token_id)
+            yield end_token_id, alike[start : start + batch_size]
+
+
+def _keep_step(
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: QuestionEncoder,
+    shares: list[list[Question]],
+    rank: int,
+    arguments: Arguments,
+) -> None:
+    """Answer a question for nothing until every rank has generated as often: under ZeRO-3 they need each other."""
+    numbers = [sum(1 for _ in _iter_batches(encoder, share, arguments)) for share in shares]
+    spare = next(share[:1] for share in shares if share)
+    for _ in range(max(numbers) - numbers[rank]):
+        list(iter_answers(model, tokenizer, encoder, spare, arguments))
 
 
 def _generate(
@@ -88,6 +114,8 @@ def _generate(
             use_cache=True,
             eos_token_id=end_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            # Ranks that are done go on for those that are not: each holds a share of every parameter.
+            synced_gpus=is_deepspeed_zero3_enabled(),
         )
     answers = [_cut(row, end_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)

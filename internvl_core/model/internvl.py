@@ -1,19 +1,21 @@
 """Transformers' native InternVL, made fit for training.
 
-Adds what the native class lacks and nothing else: stochastic depth in the vision tower, a
-vision tower that is in evaluation mode whenever nothing of it learns, a dummy tile for
+Adds what the native class lacks and nothing else: the first version of the pixel shuffle, stochastic depth in
+the vision tower, a vision tower that is in evaluation mode whenever nothing of it learns, a dummy tile for
 batches without images, packs, and a weighted loss. Checkpoints stay plain native InternVL folders.
 
 Shapes: `B` sequences, `T` tokens, `N` segments of a pack, `K` tiles, `S` pixels of a tile's side,
 `D` width of the language model, `P` positions that are learnt, `V` tokens of the vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 
 from internvl_core.errors import ArgumentError, DataError, Reason
@@ -21,7 +23,13 @@ from internvl_core.model.attention import list_packed_kwargs
 
 
 class InternVLForTraining(InternVLForConditionalGeneration):
-    """Native InternVL with drop path, a properly frozen vision tower and a dummy tile."""
+    """Native InternVL with both pixel shuffles, drop path, a properly frozen vision tower and a dummy tile."""
+
+    def __init__(self, config: InternVLConfig) -> None:
+        """Build it as the native class does; `config.ps_version`, if there is one, names the pixel shuffle."""
+        super().__init__(config)
+        if getattr(config, "ps_version", "v2") == "v1":
+            self.model.multi_modal_projector.register_forward_hook(_transpose_grid)
 
     def train(self, mode: bool = True) -> "InternVLForTraining":
         """Switch the mode, but keep a vision tower of which nothing learns in evaluation mode.
@@ -81,6 +89,9 @@ class InternVLForTraining(InternVLForConditionalGeneration):
                 raise ArgumentError("input_ids, labels: missing beside loss_weights. Give both.")
             loss = self._compute_weighted_loss(input_ids, pixel_values, labels, loss_weights, num_tiles, kwargs)
             return InternVLCausalLMOutputWithPast(loss=_divide(loss, loss_normalizer))
+        if pixel_values is None and not self.training and is_deepspeed_zero3_enabled() and _is_prompt(kwargs):
+            # Another rank's prompts may hold tiles, and it waits for this one's share of the vision tower.
+            self._project(self._make_dummy_tile())
         output = super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
         if self.training and pixel_values is None and output.loss is not None:
             output.loss = output.loss + 0.0 * self._project(self._make_dummy_tile()).sum()
@@ -152,6 +163,16 @@ def add_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:
             layer.mlp.register_forward_hook(_DropPath(layer_rate))
 
 
+def _transpose_grid(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
+    """Swap rows and columns of each tile's tokens [K, T, D].
+
+    So the first version of the pixel shuffle orders them, which the native class lacks (reference 2.3). The
+    projector works token by token: behind it the same order can be had as before it.
+    """
+    side = math.isqrt(tokens.shape[1])
+    return tokens.view(len(tokens), side, side, -1).transpose(1, 2).flatten(1, 2)
+
+
 def _check_image_tokens(num_image_tokens: int, num_tiles: int, tokens_per_tile: int) -> None:
     # Features of another number would land in other samples' places (F5).
     if num_image_tokens != num_tiles * tokens_per_tile:
@@ -160,6 +181,12 @@ def _check_image_tokens(num_image_tokens: int, num_tiles: int, tokens_per_tile: 
             f"{num_tiles * tokens_per_tile}. The texts and the tiles of this batch do not belong together.",
             reason=Reason.SIZE_MISMATCH,
         )
+
+
+def _is_prompt(kwargs: dict[str, Any]) -> bool:
+    """Tell the first forward of a generation from those of one token."""
+    past = kwargs.get("past_key_values")
+    return past is None or past.get_seq_length() == 0
 
 
 def _divide(loss: Tensor, normalizer: Tensor | float | None) -> Tensor:

@@ -4,41 +4,40 @@ Invariant: input and output embeddings are never tied, whatever the folders' con
 and both have a row for every token of the tokenizer.
 """
 
-import json
 import logging
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    InternVLConfig,
-    InternVLVisionConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import InternVLConfig, PreTrainedTokenizerBase
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from internvl_core.arguments import DataTrainingArguments, ModelArguments
-from internvl_core.checkpoint.store import fetch
-from internvl_core.contract import CheckpointRef, write_json_atomically
-from internvl_core.data.conversation import IMAGE_CONTEXT, SPECIAL_TOKENS
+from internvl_core.data.templates import IMAGE_CONTEXT, SPECIAL_TOKENS
 from internvl_core.errors import ArgumentError
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
+from internvl_core.model.resize import find_vocabulary_size, resize_positions, resize_rows
+from internvl_core.model.skeleton import build_skeleton, fill
+from internvl_core.model.sources import (
+    EMBEDDINGS,
+    LM_HEAD,
+    PROJECTOR,
+    TOWER,
+    WholeModel,
+    find_folder,
+    open_llm,
+    open_projector,
+    open_tower,
+    open_whole,
+)
+from internvl_core.model.weights import from_state_dict
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY_MULTIPLE = 64
+DEFAULT_CACHE_DIR = Path("~/.cache/internvl")
 
-ADAPTER_FILE = "adapter_config.json"
-BASE_FILE = "base_checkpoint.json"
-"""In an adapter's folder: URI and digest of the checkpoint it was trained over."""
+_POSITIONS = f"{TOWER}embeddings.position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -53,194 +52,172 @@ class LoadedModel:
         return int(self.model.config.image_seq_length)
 
 
+def load_model(
+    uri: str, *, dtype: torch.dtype = torch.float32, cache_dir: Path = DEFAULT_CACHE_DIR
+) -> InternVLForTraining:
+    """Load a whole model of either format, in evaluation mode; an adapter is merged into its base.
+
+    Args:
+        uri: local folder, fsspec URI or hub id.
+        dtype: of the parameters in memory.
+        cache_dir: where what is remote is fetched to.
+
+    Raises:
+        ArgumentError: there is no InternVL.
+    """
+    return load_checkpoint(uri, cache_dir=cache_dir, dtype=dtype).model
+
+
+def load_checkpoint(path: str, *, cache_dir: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load as `load_model` does, and the tokenizer with it."""
+    cache_dir = cache_dir.expanduser()
+    folder = find_folder(path, cache_dir, argument="model_name_or_path")
+    return _build(open_whole(folder, cache_dir), dtype, source=path)
+
+
 def build_model(
     model_arguments: ModelArguments, data_arguments: DataTrainingArguments, *, cache_dir: Path, dtype: torch.dtype
 ) -> LoadedModel:
     """Load what the arguments name (Path A if `model_name_or_path` is set, else Path B) and apply their settings.
 
-    `model_name_or_path` is a local folder or a hub id here: URIs are fetched before.
+    Each path is a local folder, an fsspec URI or a hub id. Tiles of another size than the vision tower's resize
+    its position embedding.
 
     Raises:
-        ArgumentError: the folder is not a native InternVL, or differs from the arguments' tile size or ratio.
+        ArgumentError: a folder is no such model, or it contradicts the arguments.
     """
-    if model_arguments.model_name_or_path is not None:
-        loaded = load_checkpoint(model_arguments.model_name_or_path, cache_dir=cache_dir, dtype=dtype)
-        _check_settings(loaded.model.config, data_arguments, source=model_arguments.model_name_or_path)
+    path = model_arguments.model_name_or_path
+    if path is not None:
+        whole = open_whole(find_folder(path, cache_dir, argument="model_name_or_path"), cache_dir)
+        _check_settings(whole.config, model_arguments, data_arguments, source=path)
+        source = path
     else:
         if model_arguments.vision_path is None or model_arguments.llm_path is None:
             raise ArgumentError("model_name_or_path, or vision_path and llm_path: one of the two is needed.")
-        loaded = assemble_components(
+        source = f"{model_arguments.vision_path} and {model_arguments.llm_path}"
+        whole = _join_components(
             model_arguments.vision_path,
             model_arguments.llm_path,
             down_sample_ratio=data_arguments.down_sample_ratio,
-            force_image_size=data_arguments.force_image_size,
-            dtype=dtype,
+            cache_dir=cache_dir,
         )
-    loaded.model.config.vision_feature_layer = model_arguments.vision_select_layer
+        whole.config.ps_version = model_arguments.ps_version
+    if model_arguments.mlp_path is not None:
+        projector = open_projector(model_arguments.mlp_path, cache_dir)
+        whole = replace(whole, weights={**whole.weights, **projector})
+        source = f"{source} with {model_arguments.mlp_path}"
+    whole = _fit_tiles(whole, data_arguments.force_image_size)
+    whole.config.vision_feature_layer = model_arguments.vision_select_layer
+    whole.config.chat_settings = _list_chat_settings(whole.config, data_arguments)
+    loaded = _build(whole, dtype, source=source)
     add_drop_path(loaded.model, model_arguments.drop_path_rate)
     return loaded
 
 
-def load_checkpoint(path: str, *, cache_dir: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a native InternVL folder or hub id (Path A); an adapter is merged into its base.
-
-    Args:
-        path: folder or hub id.
-        cache_dir: where an adapter's base is fetched to, if its store is remote.
-        dtype: of the parameters in memory.
-    """
-    if (Path(path) / ADAPTER_FILE).is_file():
-        return _load_merged_adapter(Path(path), cache_dir, dtype)
-    config = _load("model_name_or_path", AutoConfig.from_pretrained, path)
-    if not isinstance(config, InternVLConfig):
-        raise ArgumentError(
-            f"model_name_or_path: {path} holds a {config.model_type} model, not transformers' native InternVL. "
-            "Give a checkpoint of this pipeline or a converted (-hf) InternVL."
-        )
-    _untie(config)
-    model = _load("model_name_or_path", InternVLForTraining.from_pretrained, path, config=config, dtype=dtype)
-    _check_untied(model)
-    _forget_folders(model)
-    return LoadedModel(model, _load("model_name_or_path", AutoTokenizer.from_pretrained, path))
+def _build(whole: WholeModel, dtype: torch.dtype, *, source: str) -> LoadedModel:
+    model = build_skeleton(whole.config, dtype=dtype)
+    fill(model, whole.weights, source=source)
+    if whole.generation_config is not None:
+        model.generation_config = whole.generation_config
+    # Local folders that weights came from: saved, they would differ from machine to machine.
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config._name_or_path = ""
+    # None, not "": PEFT would look up a base model of that name on the hub.
+    model.name_or_path = None
+    return LoadedModel(model, whole.tokenizer)
 
 
-def assemble_components(
-    vision_path: str,
-    llm_path: str,
-    *,
-    down_sample_ratio: float = 0.5,
-    force_image_size: int = 448,
-    dtype: torch.dtype = torch.float32,
-) -> LoadedModel:
+def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: float, cache_dir: Path) -> WholeModel:
     """Join a vision tower and a language model by a fresh projector (Path B).
 
     The projector has torch's default initialisation, as in the original (reference 2.4). New
     embedding rows, input and output, get the mean of the old ones (F30).
     """
-    vision_config = _load("vision_path", AutoConfig.from_pretrained, vision_path)
-    if not isinstance(vision_config, InternVLVisionConfig):
-        raise ArgumentError(
-            f"vision_path: {vision_path} holds a {vision_config.model_type} model, not an internvl_vision tower. "
-            "Give the tower alone, in transformers' native format."
-        )
-    vision_tower = _load("vision_path", AutoModel.from_pretrained, vision_path, dtype=dtype)
-    llm = _load("llm_path", AutoModelForCausalLM.from_pretrained, llm_path, dtype=dtype)
-    tokenizer = _load("llm_path", AutoTokenizer.from_pretrained, llm_path)
+    tower = open_tower(find_folder(vision_path, cache_dir, argument="vision_path"), cache_dir)
+    llm = open_llm(find_folder(llm_path, cache_dir, argument="llm_path"), cache_dir)
+    tokenizer = llm.tokenizer
     num_old_tokens = len(tokenizer)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     config = InternVLConfig(
-        vision_config=vision_tower.config,
+        vision_config=tower.config,
         text_config=llm.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
-        image_seq_length=_count_tokens_per_tile(vision_tower.config, down_sample_ratio),
+        image_seq_length=_count_tokens_per_tile(tower.config, down_sample_ratio),
         downsample_ratio=down_sample_ratio,
+        tie_word_embeddings=False,
     )
-    _untie(config)
-    if tuple(config.vision_config.image_size) != (force_image_size, force_image_size):
+    num_rows = find_vocabulary_size(len(tokenizer), llm.weights[EMBEDDINGS].shape[0])
+    config.text_config.vocab_size = num_rows
+    embeddings = {
+        name: resize_rows(llm.weights[name], num_known=num_old_tokens, num_rows=num_rows)
+        for name in (EMBEDDINGS, LM_HEAD)
+    }
+    projector = InternVLMultiModalProjector(config).state_dict()
+    weights = {
+        **tower.weights,
+        **from_state_dict({f"{PROJECTOR}{name}": tensor for name, tensor in projector.items()}),
+        **llm.weights,
+        **embeddings,
+    }
+    return WholeModel(config, weights, tokenizer, llm.generation_config)
+
+
+def _fit_tiles(whole: WholeModel, tile_size: int) -> WholeModel:
+    """Resize the vision tower's position embedding, if its tiles are of another size."""
+    vision = whole.config.vision_config
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    if (height, width) == (tile_size, tile_size):
+        return whole
+    side = round(1 / whole.config.downsample_ratio)
+    if tile_size % (patch_height * side) or tile_size % (patch_width * side):
         raise ArgumentError(
-            f"force_image_size: {force_image_size}, but the vision tower in {vision_path} has tiles of "
-            f"{config.vision_config.image_size[0]} px. Resizing its position embedding is not built yet."
+            f"force_image_size: {tile_size} px is no whole number of tokens, which are {side} x {side} patches of "
+            f"{patch_height} px. Nearest: {max(1, round(tile_size / patch_height / side)) * patch_height * side}."
         )
-    with torch.device("meta"):
-        model = InternVLForTraining(config)
-    projector = type(model.model.multi_modal_projector)(config).to(dtype)
-    model.model.vision_tower = vision_tower
-    model.model.language_model = llm.model
-    model.model.multi_modal_projector = projector
-    model.lm_head = _as_own_parameter(llm.lm_head)
-    model.generation_config = llm.generation_config
-    _resize_embeddings(model, num_old_tokens, len(tokenizer))
-    _check_untied(model)
-    _forget_folders(model)
-    return LoadedModel(model, tokenizer)
+    resized = resize_positions(
+        whole.weights[_POSITIONS],
+        old_grid=(height // patch_height, width // patch_width),
+        new_grid=(tile_size // patch_height, tile_size // patch_width),
+    )
+    logger.info("Position embedding of the vision tower: from tiles of %d px to %d px", height, tile_size)
+    vision.image_size = (tile_size, tile_size)
+    whole.config.image_seq_length = _count_tokens_per_tile(vision, whole.config.downsample_ratio)
+    return replace(whole, weights={**whole.weights, _POSITIONS: resized})
 
 
-def write_base(adapter_dir: Path, base: CheckpointRef) -> None:
-    """Note in an adapter's folder which checkpoint it belongs to."""
-    write_json_atomically(adapter_dir / BASE_FILE, asdict(base))
-
-
-def _load(argument: str, load: Callable[..., Any], path: str, **options: Any) -> Any:
-    """Load with transformers; a folder that is missing or of another kind is the argument's fault."""
-    if Path(path).is_absolute() and not Path(path).is_dir():
-        raise ArgumentError(f"{argument}: {path} does not exist. Give a folder in Hugging Face's format, or a hub id.")
-    try:
-        return load(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError(
-            f"{argument}: {path} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
-        ) from error
-
-
-def _forget_folders(model: InternVLForTraining) -> None:
-    """Drop the local folders that weights came from: saved, they would differ from machine to machine."""
-    parts: tuple[PretrainedConfig, ...] = (model.config, model.config.vision_config, model.config.text_config)
-    for config in parts:
-        config._name_or_path = ""
-    # None, not "": PEFT would look up a base model of that name on the hub.
-    model.name_or_path = None
-
-
-def _load_merged_adapter(path: Path, cache_dir: Path, dtype: torch.dtype) -> LoadedModel:
-    from peft import PeftModel  # imports that only adapters need
-
-    if not (path / BASE_FILE).is_file():
-        raise ArgumentError(
-            f"model_name_or_path: {path} holds an adapter without {BASE_FILE}, so nobody knows what it was trained "
-            "over. Merge it into its base with PEFT and give the result."
-        )
-    base = CheckpointRef(**json.loads((path / BASE_FILE).read_text()))
-    loaded = load_checkpoint(str(fetch(base, cache_dir)), cache_dir=cache_dir, dtype=dtype)
-    merged = PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload()
-    logger.info("Merged the adapter in %s into its base %s", path, base.uri)
-    return LoadedModel(merged, loaded.tokenizer)
-
-
-def _check_settings(config: InternVLConfig, data_arguments: DataTrainingArguments, *, source: str) -> None:
+def _check_settings(
+    config: InternVLConfig, model_arguments: ModelArguments, data_arguments: DataTrainingArguments, *, source: str
+) -> None:
+    ps_version = getattr(config, "ps_version", "v2")
     problems = []
     if config.downsample_ratio != data_arguments.down_sample_ratio:
         problems.append(
             f"down_sample_ratio: {data_arguments.down_sample_ratio}, but the model has {config.downsample_ratio}."
         )
-    tile_size = config.vision_config.image_size[0]
-    if tile_size != data_arguments.force_image_size:
+    if ps_version != model_arguments.ps_version:
         problems.append(
-            f"force_image_size: {data_arguments.force_image_size}, but the model has tiles of {tile_size} px. "
-            "Resizing its position embedding is not built yet."
+            f"ps_version: {model_arguments.ps_version}, but the model was trained with {ps_version}. Set ps_version "
+            f"to {ps_version}."
         )
     if problems:
         raise ArgumentError(f"{source}: " + " ".join(problems))
 
 
-def _count_tokens_per_tile(vision_config: InternVLConfig, down_sample_ratio: float) -> int:
-    patches = vision_config.image_size[0] // vision_config.patch_size[0]
-    return int(patches**2 * down_sample_ratio**2)
+def _list_chat_settings(config: InternVLConfig, data_arguments: DataTrainingArguments) -> dict[str, Any]:
+    """List what the chat format says beside the architecture, as this stage trains it."""
+    return {
+        **getattr(config, "chat_settings", {}),
+        "template": data_arguments.conv_style,
+        "dynamic_image_size": data_arguments.dynamic_image_size,
+        "use_thumbnail": data_arguments.use_thumbnail,
+        "min_dynamic_patch": data_arguments.min_dynamic_patch,
+        "max_dynamic_patch": data_arguments.max_dynamic_patch,
+        "pad2square": data_arguments.pad2square,
+    }
 
 
-def _untie(config: InternVLConfig) -> None:
-    # transformers 5.23 ties lm_head by the outer flag even when the inner one says no (reference 10.4.1).
-    config.tie_word_embeddings = False
-    config.text_config.tie_word_embeddings = False
-
-
-def _check_untied(model: InternVLForTraining) -> None:
-    if model.lm_head.weight is model.get_input_embeddings().weight:
-        raise ArgumentError("lm_head is tied to the input embeddings, which no InternVL checkpoint is.")
-
-
-def _as_own_parameter(lm_head: nn.Linear) -> nn.Linear:
-    """Detach the head from the embeddings that a small LLM shares it with."""
-    lm_head.weight = nn.Parameter(lm_head.weight.detach().clone())
-    return lm_head
-
-
-def _resize_embeddings(model: InternVLForTraining, num_old_tokens: int, num_tokens: int) -> None:
-    padded = math.ceil(num_tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    # Never shrink: the published LLMs come padded further than their tokenizer needs.
-    size = max(padded, model.get_input_embeddings().num_embeddings)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    with torch.no_grad():
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-            mean = embedding.weight[:num_old_tokens].float().mean(dim=0)
-            embedding.weight[num_old_tokens:] = mean.to(embedding.weight.dtype)
+def _count_tokens_per_tile(vision_config: Any, down_sample_ratio: float) -> int:
+    rows, columns = (
+        pixels // patch for pixels, patch in zip(vision_config.image_size, vision_config.patch_size, strict=True)
+    )
+    return int(rows * columns * down_sample_ratio**2)

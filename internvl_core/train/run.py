@@ -22,8 +22,9 @@ from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
+from internvl_core.model.adapter_weights import is_adapter, write_base
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
-from internvl_core.model.load import ADAPTER_FILE, LoadedModel, build_model, load_checkpoint, write_base
+from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
 from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
@@ -237,7 +238,7 @@ class StageRun:
             trainer.save_model(str(final_dir))
         if self._commits is None or not self._is_rank_zero:
             return None
-        if (final_dir / ADAPTER_FILE).exists() and self._start is not None:
+        if is_adapter(final_dir) and self._start is not None:
             write_base(final_dir, self._start)
         return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=counters)
 

@@ -16,7 +16,7 @@ from stage_runs import FINGERPRINT, Attempt, Inputs, check_equal_weights, launch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from internvl_core.arguments import parse_arguments
+from internvl_core.arguments import DataTrainingArguments, ModelArguments, parse_arguments
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore, fetch
 from internvl_core.data.dataset import Sample, SupervisedDataset
@@ -25,7 +25,7 @@ from internvl_core.data.meta import load_meta
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.data.tiles import normalise
 from internvl_core.model.internvl import InternVLForTraining
-from internvl_core.model.load import assemble_components
+from internvl_core.model.load import build_model
 from internvl_core.train.ledger import LEDGER_FILE
 from internvl_core.train.sampler import POSITION_FILE
 from internvl_core.train.training_data import build_step_sampler, build_training_data, list_data_values
@@ -50,7 +50,12 @@ def base(inputs: Inputs) -> Path:
     """A whole model to start from, so that every run and every reference has the same weights."""
     torch.manual_seed(0)
     components = inputs.folder / "components"
-    loaded = assemble_components(str(components / "vision"), str(components / "llm"), force_image_size=32)
+    loaded = build_model(
+        ModelArguments(vision_path=str(components / "vision"), llm_path=str(components / "llm")),
+        DataTrainingArguments(force_image_size=32),
+        cache_dir=components,
+        dtype=torch.float32,
+    )
     # Drawn at random the head makes gradients of norm 15, of which a float32 does not hold six decimals.
     loaded.model.lm_head.weight.data.mul_(0.1)
     folder = inputs.folder / "base"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_internvl import build_tiles
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -15,13 +16,8 @@ from internvl_core.arguments import DataTrainingArguments, ModelArguments
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.errors import ArgumentError
-from internvl_core.model.load import (
-    LoadedModel,
-    assemble_components,
-    build_model,
-    load_checkpoint,
-    write_base,
-)
+from internvl_core.model.adapter_weights import write_base
+from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
 from internvl_core.model.trainable import list_trainable, set_trainable
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 
@@ -68,9 +64,18 @@ def checkpoint(components: Path) -> Path:
     return folder
 
 
-def assemble(components: Path, *, llm: Path | None = None) -> LoadedModel:
+def assemble(components: Path, **changes: object) -> LoadedModel:
+    """Build by Path B; changes to the arguments of either group."""
     torch.manual_seed(0)
-    return assemble_components(str(components / "vision"), str(llm or components / "llm"), force_image_size=TILE_SIZE)
+    given = {"vision_path": str(components / "vision"), "llm_path": str(components / "llm"), **changes}
+    model = {name: value for name, value in given.items() if name in ModelArguments.__dataclass_fields__}
+    data = {name: value for name, value in given.items() if name not in model}
+    return build_model(
+        ModelArguments(**model),
+        DataTrainingArguments(**{"force_image_size": TILE_SIZE, **data}),
+        cache_dir=components,
+        dtype=torch.float32,
+    )
 
 
 @torch.no_grad()
@@ -103,9 +108,7 @@ def test_components_get_the_nine_tokens_in_order(components: Path) -> None:
 
 def test_tokens_per_tile_follow_from_the_tower_and_the_ratio(components: Path) -> None:
     assert assemble(components).tokens_per_tile == 4
-    quarter = assemble_components(
-        str(components / "vision"), str(components / "llm"), force_image_size=TILE_SIZE, down_sample_ratio=0.25
-    )
+    quarter = assemble(components, down_sample_ratio=0.25)
     assert quarter.tokens_per_tile == 1
     assert quarter.model.get_image_features(pixel_values=build_tiles(3)).pooler_output.shape == (3, 1, 16)
 
@@ -132,13 +135,13 @@ def test_the_vocabulary_is_a_multiple_of_64(components: Path) -> None:
 
 
 def test_the_vocabulary_is_never_shrunk(components: Path, tied_llm: Path) -> None:
-    model = assemble(components, llm=tied_llm).model
+    model = assemble(components, llm_path=str(tied_llm)).model
     assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == 1000
 
 
 def test_a_tied_language_model_is_untied_for_good(components: Path, tied_llm: Path, tmp_path: Path) -> None:
     # F29: stage 1 began tied and later stages were not.
-    loaded = assemble(components, llm=tied_llm)
+    loaded = assemble(components, llm_path=str(tied_llm))
     model = loaded.model
     assert not model.config.tie_word_embeddings
     assert not model.config.text_config.tie_word_embeddings
@@ -197,45 +200,154 @@ def test_the_selected_layer_and_drop_path_come_from_the_arguments(checkpoint: Pa
     assert not torch.equal(compute_logits(loaded.model.float()), compute_logits(build(checkpoint).model))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"force_image_size": 448}, "force_image_size: 448, but the model has tiles of 32 px"),
-        ({"down_sample_ratio": 1.0}, r"down_sample_ratio: 1.0, but the model has 0.5"),
-    ],
-)
-def test_a_checkpoint_that_differs_from_the_arguments_is_refused(
-    checkpoint: Path, arguments: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ArgumentError, match=message) as refusal:
-        build(checkpoint, **arguments)
+def test_a_checkpoint_of_another_ratio_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"down_sample_ratio: 1.0, but the model has 0.5") as refusal:
+        build(checkpoint, down_sample_ratio=1.0)
     check_one_line(refusal)
     assert str(checkpoint) in str(refusal.value)
 
 
-def test_a_tower_of_another_tile_size_is_refused(components: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"force_image_size: 448, but the vision tower in .* has tiles of 32 px"):
-        assemble_components(str(components / "vision"), str(components / "llm"))
+def test_tiles_of_another_size_resize_the_position_embedding_on_both_paths(components: Path, checkpoint: Path) -> None:
+    small = assemble(components).model.model.vision_tower.embeddings.position_embeddings
+    for loaded in (assemble(components, force_image_size=64), build(checkpoint, force_image_size=64)):
+        tower = loaded.model.model.vision_tower
+        assert tower.config.image_size == (64, 64)
+        assert loaded.tokens_per_tile == 16
+        resized = tower.embeddings.position_embeddings
+        assert resized.shape == (1, 65, 16)
+        torch.testing.assert_close(resized[:, :1], small[:, :1], rtol=0, atol=0)
+        # What the native tower would compute in every forward for tiles of this size.
+        expected = tower.embeddings.interpolate_pos_encoding(torch.empty(1, 65, 16), 64, 64)
+        torch.testing.assert_close(resized, expected)
+        grid = small[:, 1:].unflatten(1, (4, 4))
+        assert resized.std() < 2 * grid.std()
+        features = loaded.model.get_image_features(pixel_values=torch.randn(2, 3, 64, 64)).pooler_output
+        assert features.shape == (2, 16, 16)
+
+
+def test_a_resized_position_embedding_is_that_of_the_forward_that_interpolates(components: Path) -> None:
+    tower = assemble(components).model.model.vision_tower
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    resized = assemble(components, force_image_size=64).model.model.vision_tower
+    torch.testing.assert_close(resized(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+
+
+def test_tiles_that_are_no_whole_number_of_tokens_are_refused(components: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"force_image_size: 40 px is no whole number .* Nearest: 32") as refusal:
+        assemble(components, force_image_size=40)
+    check_one_line(refusal)
 
 
 def test_a_folder_of_another_model_is_refused(components: Path) -> None:
-    with pytest.raises(ArgumentError, match="holds a qwen2 model, not transformers' native InternVL") as refusal:
+    with pytest.raises(ArgumentError, match="holds a qwen2 model, not an InternVL") as refusal:
         build(components / "llm")
     check_one_line(refusal)
-    with pytest.raises(ArgumentError, match=r"vision_path: .* holds a qwen2 model, not an internvl_vision") as refusal:
-        assemble_components(str(components / "llm"), str(components / "llm"))
+    with pytest.raises(ArgumentError, match=r"vision_path: .* holds a qwen2 model, not an InternViT") as refusal:
+        assemble(components, vision_path=str(components / "llm"))
     check_one_line(refusal)
-    with pytest.raises(ArgumentError, match=r"llm_path: .*vision cannot be loaded") as refusal:
-        assemble_components(str(components / "vision"), str(components / "vision"), force_image_size=TILE_SIZE)
+    with pytest.raises(
+        ArgumentError, match=r"llm_path: .*vision holds a internvl_vision model, not a language"
+    ) as refusal:
+        assemble(components, llm_path=str(components / "vision"))
     check_one_line(refusal)
 
 
 def test_a_folder_without_a_model_is_refused(components: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"model_name_or_path: .* cannot be loaded") as refusal:
+    with pytest.raises(ArgumentError, match=r"model_name_or_path: .* has no config.json") as refusal:
         build(tmp_path)
     check_one_line(refusal)
     with pytest.raises(ArgumentError, match=r"vision_path: .*missing does not exist") as refusal:
-        assemble_components(str(tmp_path / "missing"), str(components / "llm"))
+        assemble(components, vision_path=str(tmp_path / "missing"))
+    check_one_line(refusal)
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if "layer.0" not in name}, file)
+    with pytest.raises(ArgumentError, match=r"encoder.layer.0.attention.\w+.bias, .* and \d+ more: missing") as refusal:
+        build(tmp_path / "model")
+    check_one_line(refusal)
+    save_file({**weights, "vision_tower.extra": torch.zeros(1)}, file)
+    with pytest.raises(ArgumentError, match=r"model.vision_tower.extra: no part of the model"):
+        build(tmp_path / "model")
+    save_file({**weights, "language_model.lm_head.weight": torch.zeros(1, 16)}, file)
+    with pytest.raises(ArgumentError, match=r"lm_head.weight is \[1, 16\], but the configuration makes it \["):
+        build(tmp_path / "model")
+
+
+def test_a_part_may_be_taken_out_of_a_whole_model(components: Path, checkpoint: Path) -> None:
+    whole = build(checkpoint)
+    for changes in ({"vision_path": str(checkpoint)}, {"llm_path": str(checkpoint)}):
+        loaded = assemble(components, **changes)
+        part = "vision_tower" if "vision_path" in changes else "language_model"
+        expected = getattr(whole.model.model, part).state_dict()
+        found = getattr(loaded.model.model, part).state_dict()
+        assert found.keys() == expected.keys()
+        # Rows behind the last token are padding.
+        num_tokens = len(whole.tokenizer)
+        assert all(torch.equal(found[name][:num_tokens], tensor[:num_tokens]) for name, tensor in expected.items())
+        assert len(loaded.tokenizer) == len(whole.tokenizer)
+        assert loaded.model.config.image_token_id == whole.model.config.image_token_id
+
+
+def test_a_projector_comes_from_a_whole_model_or_a_file_of_its_own(
+    components: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    projector = build(checkpoint).model.model.multi_modal_projector.state_dict()
+    torch.manual_seed(1)
+    fresh = build_model(
+        ModelArguments(vision_path=str(components / "vision"), llm_path=str(components / "llm")),
+        DATA,
+        cache_dir=tmp_path,
+        dtype=torch.float32,
+    )
+    assert not torch.equal(fresh.model.model.multi_modal_projector.linear_1.weight, projector["linear_1.weight"])
+    numbers = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
+    original = {f"{numbers[name.split('.')[0]]}.{name.split('.')[1]}": tensor for name, tensor in projector.items()}
+    torch.save(original, tmp_path / "mlp_projector.pth")
+    save_file(
+        {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}, tmp_path / "p.safetensors"
+    )
+    for path in (checkpoint, tmp_path / "mlp_projector.pth", tmp_path / "p.safetensors"):
+        found = assemble(components, mlp_path=str(path)).model.model.multi_modal_projector.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in projector.items())
+
+
+def test_a_projector_that_does_not_fit_is_refused(components: Path, tmp_path: Path) -> None:
+    torch.save({"0.weight": torch.zeros(3)}, tmp_path / "small.pth")
+    with pytest.raises(ArgumentError, match=r"layer_norm.weight is \[3\], but the configuration makes it \[64\]"):
+        assemble(components, mlp_path=str(tmp_path / "small.pth"))
+    torch.save({"5.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ArgumentError, match=r"multi_modal_projector.5.weight: no part of the model"):
+        assemble(components, mlp_path=str(tmp_path / "other.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ArgumentError, match=r"mlp_path: .*text.pth cannot be read") as refusal:
+        assemble(components, mlp_path=str(tmp_path / "text.pth"))
+    check_one_line(refusal)
+
+
+def test_the_first_pixel_shuffle_swaps_rows_and_columns_of_the_second(components: Path) -> None:
+    # Reference 2.3.
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    first, second = (
+        assemble(components, force_image_size=64, ps_version=version).model.get_image_features(pixel_values=pixels)
+        for version in ("v1", "v2")
+    )
+    grid = second.pooler_output.unflatten(1, (4, 4))
+    torch.testing.assert_close(first.pooler_output.unflatten(1, (4, 4)), grid.transpose(1, 2))
+    assert not torch.equal(first.pooler_output, second.pooler_output)
+
+
+def test_another_pixel_shuffle_than_the_models_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"ps_version: v1, but the model was trained with v2") as refusal:
+        build_model(
+            ModelArguments(model_name_or_path=str(checkpoint), ps_version="v1"),
+            DATA,
+            cache_dir=checkpoint,
+            dtype=torch.float32,
+        )
     check_one_line(refusal)
 
 

@@ -1,0 +1,61 @@
+"""Weights of another size than they were trained in: more tokens, other tiles.
+
+Done on tensors that are still to be read, before they reach a model: so it is the same under ZeRO-3,
+where no rank holds a whole parameter (F30, F38).
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from internvl_core.model.weights import LazyTensor
+
+VOCABULARY_MULTIPLE = 64
+
+
+def find_vocabulary_size(num_tokens: int, num_rows: int) -> int:
+    """Find how many rows the embeddings get: a multiple of 64 for all tokens, and never fewer than there are.
+
+    The published language models come padded further than their tokenizer needs; the original cuts that off.
+    """
+    return max(math.ceil(num_tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE, num_rows)
+
+
+def resize_rows(tensor: LazyTensor, *, num_known: int, num_rows: int) -> LazyTensor:
+    """Give an embedding `num_rows` rows, of which those from `num_known` on are the mean of those before.
+
+    Args:
+        tensor: [V, D].
+        num_known: tokens that the embedding was trained with; rows behind them were padding.
+        num_rows: not fewer than V.
+    """
+
+    def read() -> Tensor:
+        old = tensor.read()
+        resized = old.new_empty(num_rows, old.shape[1])
+        resized[:num_known] = old[:num_known]
+        resized[num_known:] = old[:num_known].float().mean(dim=0).to(old.dtype)
+        return resized
+
+    return replace(tensor, shape=(num_rows, tensor.shape[1]), read=read)
+
+
+def resize_positions(tensor: LazyTensor, *, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> LazyTensor:
+    """Interpolate a vision tower's position embedding to another grid of patches; the class token keeps its own.
+
+    Bicubic, in float32, as the original's `resize_pos_embeddings` does (reference 2.2).
+
+    Args:
+        tensor: [1, 1 + old rows x old columns, D].
+        old_grid, new_grid: rows and columns of patches.
+    """
+
+    def read() -> Tensor:
+        old = tensor.read()
+        patches = old[:, 1:].float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+        return torch.cat([old[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(old.dtype)], dim=1)
+
+    return replace(tensor, shape=(1, 1 + new_grid[0] * new_grid[1], tensor.shape[2]), read=read)

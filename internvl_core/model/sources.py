@@ -1,0 +1,270 @@
+"""What lies in a folder of weights: a whole model of either format, or one of its parts.
+
+Nothing is read but configurations; weights come as tensors that are still to be read, under the names
+that they have in our model. A part may be a folder of its own or taken out of a whole model.
+"""
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
+    PreTrainedTokenizerBase,
+)
+
+from internvl_core.checkpoint.folder import fetch_folder
+from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
+from internvl_core.data.templates import IMAGE_CONTEXT
+from internvl_core.errors import ArgumentError
+from internvl_core.model import chat_weights
+from internvl_core.model.adapter_weights import get_base, is_adapter, merge_adapter_weights
+from internvl_core.model.chat_config import build_native_config, build_text_config, build_vision_config, is_chat_config
+from internvl_core.model.tokenizer import load_tokenizer
+from internvl_core.model.weights import LazyTensor, Weights, from_state_dict, open_weights, to_module_names
+
+logger = logging.getLogger(__name__)
+
+TOWER = "model.vision_tower."
+PROJECTOR = "model.multi_modal_projector."
+LLM = "model.language_model."
+LM_HEAD = "lm_head.weight"
+EMBEDDINGS = f"{LLM}embed_tokens.weight"
+
+_CONFIG_FILE = "config.json"
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+# What the original's tool writes: the entries of its nn.Sequential (reference 2.4, 10.1).
+_PROJECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+_REMOTE_CODE_LLMS = ("internlm2", "internlm3")
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A whole InternVL on disk."""
+
+    config: InternVLConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig | None
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A vision tower on disk."""
+
+    config: InternVLVisionConfig
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model on disk, with its head."""
+
+    config: Any
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig | None
+
+
+def find_folder(path: str, cache_dir: Path, *, argument: str) -> Path:
+    """Find the local folder of a path, a URI or a hub id; what is remote is fetched.
+
+    Raises:
+        ArgumentError: there is no such folder, nor a model of that name on the hub.
+        CheckpointNotFound, CheckpointCorrupt, StoreUnavailable: the URI gives nothing.
+    """
+    if is_checkpoint_uri(path):
+        return fetch_folder(path, cache_dir)
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_absolute():
+        raise ArgumentError(f"{argument}: {path} does not exist. Give a folder in Hugging Face's format, or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            f"{argument}: {path} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
+        ) from error
+
+
+def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_path") -> WholeModel:
+    """Open a whole model of the native or the chat format; adapters are merged into their base as it is read.
+
+    Raises:
+        ArgumentError: the folder holds something else, or is damaged.
+    """
+    if is_adapter(folder):
+        base = get_base(folder)
+        logger.info("Merging the adapter in %s into its base %s", folder, base.uri)
+        whole = open_whole(fetch(base, cache_dir), cache_dir, argument=argument)
+        return replace(whole, weights=merge_adapter_weights(whole.weights, folder))
+    raw = read_config(folder, argument=argument)
+    tokenizer = load_tokenizer(str(folder))
+    generation_config = _find_generation_config(folder)
+    if is_chat_config(raw):
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+        if image_token_id is None or image_token_id == tokenizer.unk_token_id:
+            raise ArgumentError(f"{argument}: {folder}: the tokenizer has no {IMAGE_CONTEXT}. Take the model's own.")
+        config = build_native_config(raw, image_token_id=image_token_id)
+        weights = chat_weights.to_native(_open_chat(folder, raw), config)
+        return WholeModel(config, weights, tokenizer, generation_config)
+    if raw.get("model_type") != InternVLConfig.model_type:
+        raise ArgumentError(
+            f"{argument}: {folder} holds a {raw.get('model_type')} model, not an InternVL. Give a native "
+            "(transformers) or a chat-format (OpenGVLab) InternVL."
+        )
+    config = _load(argument, InternVLConfig.from_pretrained, str(folder))
+    return WholeModel(config, _with_head(to_module_names(open_weights(folder))), tokenizer, generation_config)
+
+
+def open_tower(folder: Path, cache_dir: Path) -> VisionTower:
+    """Open a vision tower: of transformers or OpenGVLab's InternViT, alone or in a whole model."""
+    raw = {} if is_adapter(folder) else read_config(folder, argument="vision_path")
+    model_type = raw.get("model_type")
+    if is_adapter(folder) or is_chat_config(raw) or model_type == InternVLConfig.model_type:
+        whole = open_whole(folder, cache_dir, argument="vision_path")
+        return VisionTower(whole.config.vision_config, _take(whole.weights, TOWER))
+    if model_type == InternVLVisionConfig.model_type:
+        config = _load("vision_path", InternVLVisionConfig.from_pretrained, str(folder))
+        return VisionTower(config, {f"{TOWER}{name}": tensor for name, tensor in open_weights(folder).items()})
+    if model_type == "intern_vit_6b":
+        config = build_vision_config(raw)
+        return VisionTower(config, chat_weights.vision_to_native(open_weights(folder), config))
+    raise ArgumentError(
+        f"vision_path: {folder} holds a {model_type} model, not an InternViT. Give a vision tower in transformers' or "
+        "OpenGVLab's format, or a whole InternVL."
+    )
+
+
+def open_llm(folder: Path, cache_dir: Path) -> LanguageModel:
+    """Open a language model: of transformers, InternLM's, or the one in a whole InternVL."""
+    raw = {} if is_adapter(folder) else read_config(folder, argument="llm_path")
+    model_type = raw.get("model_type")
+    if is_adapter(folder) or is_chat_config(raw) or model_type == InternVLConfig.model_type:
+        whole = open_whole(folder, cache_dir, argument="llm_path")
+        weights = {**_take(whole.weights, LLM), LM_HEAD: whole.weights[LM_HEAD]}
+        return LanguageModel(whole.config.text_config, weights, whole.tokenizer, whole.generation_config)
+    if model_type in _REMOTE_CODE_LLMS:
+        config = build_text_config(raw)
+        weights = chat_weights.llm_to_native(open_weights(folder), raw)
+    else:
+        config = _load("llm_path", AutoConfig.from_pretrained, str(folder))
+        weights = {
+            f"{LLM}{name.removeprefix('model.')}" if name.startswith("model.") else name: tensor
+            for name, tensor in open_weights(folder).items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
+    if EMBEDDINGS not in weights:
+        raise ArgumentError(
+            f"llm_path: {folder} holds a {model_type} model, not a language model. Give one in Hugging Face's format."
+        )
+    tokenizer = load_tokenizer(str(folder))
+    return LanguageModel(config, _with_head(weights), tokenizer, _find_generation_config(folder))
+
+
+def open_projector(path: str, cache_dir: Path) -> Weights:
+    """Open a projector alone: a whole model, a .safetensors file, or the .pth file of the original's tool.
+
+    Raises:
+        ArgumentError: no such file, or no projector in it.
+    """
+    if not Path(path).is_file():
+        whole = open_whole(find_folder(path, cache_dir, argument="mlp_path"), cache_dir, argument="mlp_path")
+        return _take(whole.weights, PROJECTOR)
+    try:
+        # weights_only: a pickle from elsewhere must not run code.
+        tensors = _read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+        named = {_name_projector_tensor(name): tensor for name, tensor in tensors.items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArgumentError(
+            f"mlp_path: {path} cannot be read as the weights of a projector: {reason} Give a whole model, a "
+            ".safetensors file, or what extract_mlp wrote."
+        ) from error
+    return from_state_dict(named)
+
+
+def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
+    """Read a folder's config.json as it is.
+
+    Raises:
+        ArgumentError: there is none, or it is no JSON object.
+    """
+    file = folder / _CONFIG_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArgumentError(
+            f"{argument}: {folder} has no {_CONFIG_FILE}, so it is no model. Give a folder in Hugging Face's format."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{argument}: {file} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{argument}: {file} holds a {type(content).__name__}; it should be an object.")
+    return content
+
+
+def _open_chat(folder: Path, raw: Mapping[str, Any]) -> Weights:
+    weights = open_weights(folder)
+    if not any(".lora_A." in name for name in weights):
+        return weights
+    logger.info("Merging the adapters that %s was saved with", folder)
+    return chat_weights.merge_chat_adapters(
+        weights, backbone_rank=raw.get("use_backbone_lora", 0), llm_rank=raw.get("use_llm_lora", 0)
+    )
+
+
+def _with_head(weights: Weights) -> Weights:
+    """Give a head to a model that was saved without: it shared the embeddings (F29)."""
+    if LM_HEAD in weights or EMBEDDINGS not in weights:
+        return weights
+    return {**weights, LM_HEAD: weights[EMBEDDINGS]}
+
+
+def _find_generation_config(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(str(folder))
+
+
+def _take(weights: Weights, prefix: str) -> dict[str, LazyTensor]:
+    return {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _name_projector_tensor(name: str) -> str:
+    for prefix in ("mlp1.", "model.", "multi_modal_projector."):
+        name = name.removeprefix(prefix)
+    part, _, kind = name.partition(".")
+    return f"{PROJECTOR}{_PROJECTOR_PARTS.get(part, part)}.{kind}"
+
+
+def _load(argument: str, load: Callable[..., Any], path: str) -> Any:
+    """Load with transformers; a folder that is of another kind is the argument's fault."""
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            f"{argument}: {path} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
+        ) from error
