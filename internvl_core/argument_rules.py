@@ -295,11 +295,6 @@ def _iter_deepspeed_problems(values: Mapping[str, Any]) -> Iterator[str]:
             f"optim: {values['optim']}, but the deepspeed configuration brings its own "
             f"{config['optimizer'].get('type')} and would win. Leave optim out, or set decay_all to False."
         )
-    if config.get("zero_optimization", {}).get("stage") == 3:
-        # Ranks with unequal numbers of answers would wait for one another's parameters for ever.
-        for name in ("eval_meta_path", "vision_path"):
-            if values[name] is not None:
-                yield f"{name}: does not work under ZeRO-3 yet. Use zero1 or zero2 for deepspeed, or leave it out."
 
 
 def _iter_not_built_problems(values: Mapping[str, Any]) -> Iterator[str]:

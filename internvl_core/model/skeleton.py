@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import InternVLConfig
 from transformers.initialization import no_init_weights
@@ -89,6 +90,8 @@ def _partitioned() -> Iterator[None]:
     from transformers.integrations.deepspeed import deepspeed_config, prevent_arange_dtype_change
     from transformers.modeling_utils import set_zero3_state
 
+    # Otherwise DeepSpeed takes itself to be alone: the process group is there, but nobody has told it yet.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     # The last one keeps transformers from partitioning the parts by itself, a second time.
     with (
         prevent_arange_dtype_change(),
