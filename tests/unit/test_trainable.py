@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "freeze_backbone": (True, False),
     "freeze_mlp": (True, False),
     "unfreeze_lm_head": (False, True),
-    "unfreeze_vit_layers": (0, -1, 1),
+    "unfreeze_vit_layers": (0, -2),
     "use_llm_lora": (0, 2),
     "use_backbone_lora": (0, 3),
 }
@@ -82,7 +82,7 @@ def test_exactly_what_the_flags_declare_gets_a_gradient(grad_checkpoint: bool) -
     # F9: unfreeze_lm_head did nothing. F10: reentrant checkpointing gave unfrozen layers no gradient.
     # Half of the combinations with it and half without: one flag more or less changes sides.
     combinations = [flags for flags in COMBINATIONS if sum(map(bool, flags.values())) % 2 == grad_checkpoint]
-    assert len(combinations) in (95, 96)
+    assert len(combinations) == (63 if grad_checkpoint else 64)
     for flags in combinations:
         model = set_trainable(replace(FROZEN, grad_checkpoint=grad_checkpoint, **flags))
         declared = find_declared(model, flags)
