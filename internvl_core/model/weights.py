@@ -168,8 +168,8 @@ def write_weights(
 
 def _open_shards(index: Path, prefix: str) -> dict[str, LazyTensor]:
     try:
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        places = {name: str(file_name) for name, file_name in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"{index} is no index of weights: {_tell(error)}. Fetch it again.") from error
     weights: dict[str, LazyTensor] = {}
     wanted = {name: file_name for name, file_name in places.items() if name.startswith(prefix)}
