@@ -20,6 +20,7 @@ from internvl_core.deepspeed_config import find_built_in, resolve_deepspeed
 from internvl_core.errors import ArgumentError
 from internvl_core.not_built import NOT_BUILT
 from internvl_core.packing_rules import iter_packing_problems, iter_without_effect
+from internvl_core.trainable_rules import iter_doubly_trained, iter_trainable_problems, list_own_rates
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def check_arguments(values: Mapping[str, Any], *, entry: str) -> None:
     problems = [
         *_iter_entry_problems(entry),
         *_iter_start_problems(resolved),
-        *_iter_trainable_problems(resolved),
+        *iter_trainable_problems(resolved),
         *_iter_data_problems(resolved),
         *iter_packing_problems(resolved, load_properties(), entry=entry),
         *_iter_training_problems(resolved),
@@ -150,11 +151,8 @@ def check_arguments(values: Mapping[str, Any], *, entry: str) -> None:
         logger.warning(
             "pad2square: pads the frames of videos only: with dynamic_image_size images are cut into square tiles."
         )
-    if resolved["drop_path_rate"] and not _learns_vision(resolved):
-        logger.warning(
-            "drop_path_rate: %s has no effect: the vision tower is frozen, and a frozen tower runs without drop path.",
-            resolved["drop_path_rate"],
-        )
+    for line in iter_doubly_trained(resolved):
+        logger.warning("%s", line)
 
 
 def fingerprint_arguments(values: Mapping[str, Any], *, world_size: int) -> dict[str, Any]:
@@ -213,28 +211,6 @@ def _iter_start_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "model_name_or_path: missing. Give it, or vision_path and llm_path."
 
 
-def _learns_vision(values: Mapping[str, Any]) -> bool:
-    return bool(not values["freeze_backbone"] or values["unfreeze_vit_layers"] or values["use_backbone_lora"])
-
-
-def _iter_trainable_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    learning = [
-        *(f"{name} False" for name in ("freeze_llm", "freeze_backbone", "freeze_mlp") if not values[name]),
-        *(f"{name} {values[name]}" for name in ("unfreeze_vit_layers", "unfreeze_lm_head") if values[name]),
-    ]
-    adapters = [name for name in ("use_llm_lora", "use_backbone_lora") if values[name]]
-    if not learning and not adapters:
-        yield (
-            "freeze_llm, freeze_backbone, freeze_mlp: all True and no LoRA, so nothing would learn. "
-            "Set one to False, or give use_llm_lora a rank."
-        )
-    if learning and adapters:
-        yield (
-            f"{', '.join(adapters)}: given together with {', '.join(learning)}, but a checkpoint of adapters holds "
-            "nothing else. Set freeze_llm, freeze_backbone and freeze_mlp to True and unfreeze nothing."
-        )
-
-
 def _iter_data_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values["meta_path"] is None:
         yield "meta_path: missing. Give the JSON file that lists the data sets."
@@ -290,10 +266,20 @@ def _iter_deepspeed_problems(values: Mapping[str, Any]) -> Iterator[str]:
     except ArgumentError as error:
         yield str(error)
         return
-    if "optimizer" in config and values["optim"] not in ("adamw_torch", "adamw_torch_fused"):
+    own_rates = list_own_rates(values)
+    settings = find_built_in(values["deepspeed"])
+    # The built-in configurations leave the optimizer to the trainer where parts have rates of their own.
+    brings_optimizer = "optimizer" in config and not (own_rates and settings is not None)
+    if brings_optimizer and values["optim"] not in ("adamw_torch", "adamw_torch_fused"):
         yield (
             f"optim: {values['optim']}, but the deepspeed configuration brings its own "
             f"{config['optimizer'].get('type')} and would win. Leave optim out, or set decay_all to False."
+        )
+    if own_rates and (brings_optimizer or (settings is not None and settings.is_offloaded)):
+        reason = "brings its own optimizer, which has one rate" if brings_optimizer else "offloads its optimizer"
+        yield (
+            f"{', '.join(own_rates)}: the deepspeed configuration {reason}. Use zero1, zero2 or zero3, or leave "
+            f"{', '.join(own_rates)} out."
         )
 
 

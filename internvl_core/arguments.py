@@ -5,7 +5,6 @@ machine waits in `TrainingArguments.prepare_for_launch`. `python -m internvl_cor
 writes arguments.schema.json, from which torch-free code reads the fields.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from internvl_core.arguments_schema import build_schema
 from internvl_core.command_line import TextParser, read_command_line
 from internvl_core.deepspeed_config import resolve_deepspeed
 from internvl_core.errors import ArgumentError
+from internvl_core.machine import iter_machine_problems
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class ModelArguments:
         metadata=_help("Start from components: the language model and its tokenizer. Needs vision_path."),
     )
     mlp_path: Optional[str] = field(  # noqa: UP045
-        default=None, metadata=_help("Weights of the projector alone, loaded over the model's.")
+        default=None,
+        metadata=_help("Weights of the projector alone, loaded over the model's: a folder, a hub id, a URI or a file."),
     )
     freeze_llm: bool = field(default=False, metadata=_help("Do not train the language model."))
     freeze_backbone: bool = field(default=False, metadata=_help("Do not train the vision tower."))
@@ -79,12 +80,21 @@ class ModelArguments:
         metadata=_help("Stochastic depth of the vision tower: the rate at its last layer, rising linearly from 0."),
     )
     ps_version: Literal["v1", "v2"] = field(
-        default="v2", metadata=_help("Variant of the pixel shuffle that folds patches into image tokens.")
+        default="v2",
+        metadata=_help(
+            "Variant of the pixel shuffle that folds patches into image tokens, as the model was trained with; v1 is "
+            "that of InternVL 1.x and cannot be converted to the native format."
+        ),
     )
     use_fast_tokenizer: bool = field(
         default=False, metadata=_help("Without effect: transformers 5 has one kind of tokenizer for a model.")
     )
-    use_liger: bool = field(default=False, metadata=_help("Use Liger's fused kernels in the language model."))
+    use_liger: bool = field(
+        default=False,
+        metadata=_help(
+            "Use Liger's fused kernels in the language model (norms and gated layers); needs a GPU and liger-kernel."
+        ),
+    )
 
 
 @dataclass
@@ -150,8 +160,11 @@ class TrainingArguments(transformers.TrainingArguments):
     if TYPE_CHECKING:
         deepspeed: Any
 
+    # Copied from the other groups by `parse_arguments`; not fields.
     decay_all: bool = True
-    """Copied from ExtensionArguments by `parse_arguments`; not a field."""
+    vision_lr: float | None = None
+    mlp_lr: float | None = None
+    use_liger: bool = False
 
     def __post_init__(self) -> None:
         """Leave everything as given: Hugging Face's own would ask for devices here."""
@@ -167,9 +180,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             # Hugging Face lets bf16 train on a CPU only if told that a CPU is meant.
             self.use_cpu = True
-        self._check_machine()
+        problems = list(iter_machine_problems(self))
+        if problems:
+            raise ArgumentError("\n".join(problems))
         if self.deepspeed is not None:
-            self.deepspeed = resolve_deepspeed(self.deepspeed, decay_all=self.decay_all)
+            has_own_rates = self.vision_lr is not None or self.mlp_lr is not None
+            self.deepspeed = resolve_deepspeed(self.deepspeed, decay_all=self.decay_all and not has_own_rates)
         for name in ENVIRONMENT_IGNORED:
             if os.environ.pop(name, None) is not None:
                 logger.warning("%s in the environment is ignored: only arguments decide how a model is trained.", name)
@@ -177,19 +193,6 @@ class TrainingArguments(transformers.TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise ArgumentError(str(error)) from error
-
-    def _check_machine(self) -> None:
-        problems = []
-        if self.fp16 and self.use_cpu:
-            problems.append("fp16: needs a GPU, and none is used. Use bf16, which a CPU can do.")
-        if self.bf16 and not self.use_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-            problems.append(f"bf16: {torch.cuda.get_device_name()} cannot do it. Use fp16 or a GPU of Ampere or later.")
-        if self.tf32 and self.use_cpu:
-            problems.append("tf32: needs a GPU of Ampere or later, and none is used. Leave it out.")
-        if "tensorboard" in (self.report_to or []) and importlib.util.find_spec("tensorboard") is None:
-            problems.append("report_to: tensorboard is not installed. Run pip install tensorboard, or use none.")
-        if problems:
-            raise ArgumentError("\n".join(problems))
 
 
 @dataclass
@@ -254,6 +257,13 @@ class ExtensionArguments:
             "Decay every tensor's weights, as the original does; False spares biases and norms, as Hugging Face does."
         ),
     )
+    vision_lr: float | None = field(
+        default=None,
+        metadata=_help("Learning rate of the vision tower, adapters included; without it learning_rate."),
+    )
+    mlp_lr: float | None = field(
+        default=None, metadata=_help("Learning rate of the projector; without it learning_rate.")
+    )
 
 
 GROUPS: Mapping[str, type] = {
@@ -292,6 +302,8 @@ def parse_arguments(source: Sequence[str] | Mapping[str, Any]) -> Arguments:
         raise ArgumentError("\n".join([*problems, *further]))
     model, data, training, extension = TextParser(list(GROUPS.values())).parse_dict(values)
     training.decay_all = extension.decay_all
+    training.vision_lr, training.mlp_lr = extension.vision_lr, extension.mlp_lr
+    training.use_liger = model.use_liger
     return Arguments(model, data, training, extension)
 
 

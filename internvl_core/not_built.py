@@ -22,10 +22,9 @@ _EVALUATION = "belongs to evaluation during training. Held-out sets are scored a
 _HUB = "publishing to the Hub is a task of its own, not built yet. Leave it out; checkpoints go to the store"
 
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt(("ps_version",), "the native model shuffles pixels as v2 only; v1 is not built yet. Use v2"),
-    NotBuilt(("mlp_path",), "loading a projector by itself is not built yet. Start from a whole checkpoint"),
     NotBuilt(
-        ("use_liger", "use_liger_kernel", "liger_kernel_config"), "Liger's kernels are not built in yet. Leave it out"
+        ("use_liger_kernel", "liger_kernel_config"),
+        "Hugging Face's switch replaces classes of the whole process. Leave it out and set use_liger",
     ),
     NotBuilt(
         ("allow_overflow",),

@@ -249,6 +249,13 @@ def test_a_good_stage_passes_in_both_entries() -> None:
         {"report_to": "none"},
         {"deepspeed": "zero1", "bf16": True},
         {"deepspeed": "zero1", "optim": "sgd", "decay_all": False},
+        {"deepspeed": "zero1", "optim": "sgd", "vision_lr": 1e-5},
+        {"vision_lr": 1e-5, "mlp_lr": 1e-4, "deepspeed": "zero3"},
+        {"drop_path_rate": 0.1},
+        {**FROZEN, "drop_path_rate": 0.1, "use_backbone_lora": 4, "vision_lr": 1e-5},
+        {**FROZEN, "drop_path_rate": 0.1, "unfreeze_vit_layers": -1},
+        {**FROZEN, "use_llm_lora": 8, "freeze_mlp": False, "mlp_lr": 1e-5},
+        {"ps_version": "v1", "mlp_path": "mlp.pt", "use_liger": True},
         {"eval_meta_path": "held_out.json", "eval_max_new_tokens": 8},
         # The parent checkpoint stands in stage.json.
         {"model_name_or_path": None, "attempt_dir": "attempt"},
@@ -267,9 +274,14 @@ def test_what_is_built_passes(changes: dict[str, Any]) -> None:
         ({"model_name_or_path": None, "llm_path": "l"}, "vision_path: missing beside llm_path"),
         (FROZEN, "nothing would learn"),
         (
-            {"use_llm_lora": 8, "freeze_llm": True, "freeze_backbone": True},
-            "use_llm_lora: given together with freeze_mlp",
+            {"drop_path_rate": 0.1, "freeze_backbone": True},
+            "drop_path_rate: 0.1, but the vision tower is frozen (freeze_backbone)",
         ),
+        ({"vision_lr": 1e-5, "freeze_backbone": True}, "vision_lr: 1e-05, but nothing of the vision tower learns"),
+        ({"mlp_lr": 1e-5, "freeze_mlp": True}, "mlp_lr: 1e-05, but the projector does not learn"),
+        ({"mlp_lr": 0}, "mlp_lr: 0.0 is no learning rate"),
+        ({"vision_lr": 1e-5, "optim": "adafactor"}, "optim: adafactor takes no vision_lr. Use adamw_torch"),
+        ({"vision_lr": 1e-5, "deepspeed": "zero3_offload"}, "vision_lr: the deepspeed configuration offloads"),
         ({"meta_path": None}, "meta_path: missing"),
         ({"min_dynamic_patch": 7, "max_dynamic_patch": 6}, "min_dynamic_patch: 7 is more than max_dynamic_patch, 6"),
         ({"down_sample_ratio": 0.3}, "down_sample_ratio: 0.3 is not 1/n"),
@@ -282,7 +294,6 @@ def test_what_is_built_passes(changes: dict[str, Any]) -> None:
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor: 2, but dataloader_num_workers is 0"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: True, but"),
         ({"save_steps": 2.5}, "save_steps: 2.5 is no number of steps"),
-        ({"deepspeed": "zero3", "eval_meta_path": "held_out.json"}, "eval_meta_path: does not work under ZeRO-3 yet"),
         ({"min_num_frame": 9, "max_num_frame": 8}, "min_num_frame: 9 is more than max_num_frame, 8"),
         ({"video_sampling": "fps"}, "video_sampling: 'fps' is none of uniform, middle, fpsX"),
         ({"video_sampling": "fps0.0"}, "video_sampling: 'fps0.0' is none of uniform, middle, fpsX"),
@@ -299,9 +310,6 @@ def test_a_wrong_combination_is_refused_in_one_line(changes: dict[str, Any], sai
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("ps_version", "v1"),
-        ("mlp_path", "mlp.pt"),
-        ("use_liger", True),
         ("use_liger_kernel", True),
         ("allow_overflow", True),
         ("accelerator_config", {"even_batches": False}),
@@ -354,11 +362,34 @@ def test_a_check_reports_everything_at_once() -> None:
     }
 
 
-def test_drop_path_on_a_frozen_tower_is_said_to_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    check_arguments(resolve_arguments({**GOOD, "drop_path_rate": 0.1}), entry="finetune")
-    assert not caplog.records
-    check_arguments(resolve_arguments({**GOOD, "drop_path_rate": 0.1, "freeze_backbone": True}), entry="finetune")
-    assert "drop_path_rate: 0.1 has no effect" in caplog.text
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_llm_lora": 8}, ["use_llm_lora: 8 beside freeze_llm False"]),
+        ({"use_llm_lora": 8, "use_backbone_lora": 4, "freeze_llm": True}, ["use_backbone_lora: 4 beside freeze_backb"]),
+        (
+            {**FROZEN, "use_backbone_lora": 4, "unfreeze_vit_layers": -1},
+            ["use_backbone_lora: 4 beside unfreeze_vit_layers -1"],
+        ),
+        ({**FROZEN, "use_llm_lora": 8, "unfreeze_lm_head": True, "freeze_mlp": False}, []),
+    ],
+)
+def test_a_part_that_learns_in_full_and_by_adapters_is_said(
+    changes: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_arguments(resolve_arguments({**GOOD, **changes}), entry="finetune")
+    assert len(caplog.records) == len(said)
+    assert all(line in caplog.text for line in said)
+
+
+def test_an_optimizer_of_the_users_own_has_one_rate(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+    message = refuse({**GOOD, "deepspeed": str(path), "vision_lr": 1e-5, "mlp_lr": 1e-5})
+    assert message.startswith("vision_lr, mlp_lr: the deepspeed configuration brings its own optimizer")
+    assert len(message.splitlines()) == 1
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    check_arguments(resolve_arguments({**GOOD, "deepspeed": str(path), "vision_lr": 1e-5}), entry="finetune")
 
 
 # fingerprints
@@ -386,6 +417,7 @@ def test_neutral_arguments_and_paths_are_left_out(name: str) -> None:
     ("name", "value"),
     [
         *(("learning_rate", 1e-3), ("seed", 1), ("max_steps", 7), ("weight_decay", 0.1), ("bf16", True)),
+        *(("vision_lr", 1e-5), ("mlp_lr", 1e-5), ("unfreeze_lm_head", True), ("unfreeze_vit_layers", -1)),
         *(("freeze_llm", True), ("use_llm_lora", 4), ("max_dynamic_patch", 6), ("max_seq_length", 4096)),
         *(("train_sampling_strategy", "group_by_length"), ("decay_all", False), ("eval_max_new_tokens", 8)),
         *(("drop_path_rate", 0.1), ("lr_scheduler_type", "cosine"), ("warmup_steps", 5), ("optim", "sgd")),
