@@ -86,6 +86,7 @@ class MetricsCallback(TrainerCallback):
             max_steps=state.max_steps,
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
+            **{name: value for name, value in logs.items() if name.startswith("learning_rate/")},
             **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),
             steps_per_s=steps / elapsed_s,
             **self._meter.read(elapsed_s),

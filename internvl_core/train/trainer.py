@@ -1,4 +1,4 @@
-"""Our Trainer: Hugging Face's, with our data, our loss, tiles normalised on the device, one choice of weight decay.
+"""Our Trainer: Hugging Face's, with our data, our loss, our parameter groups and our checkpoints of adapters.
 
 Loss: the mean over supervised tokens, each with its weight, over all ranks and accumulation steps
 at once. So it does not depend on how a step's samples fall to them.
@@ -16,9 +16,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.tiles import normalise
+from internvl_core.model.adapters import find_saved_modules, fold_adapters, load_adapter_into, save_adapter
 from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.train.gradient_check import GradientCheck
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
+from internvl_core.train.optimizer import LearningRates, build_parameter_groups
 from internvl_core.train.sampler import StepSampler
 
 
@@ -26,6 +29,7 @@ class InternVLTrainer(Trainer):
     """Trainer over the batches of a `StepSampler`."""
 
     model: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -44,6 +48,9 @@ class InternVLTrainer(Trainer):
         self._meter = meter
         self._normalize_type = normalize_type
         self._decay_all = decay_all
+        self._rates = LearningRates(self.args.learning_rate, vision=self.args.vision_lr, mlp=self.args.mlp_lr)
+        self._first_rate = self.args.learning_rate
+        self.add_callback(GradientCheck(self.model))
         # `compute_loss` divides by what the whole update has.
         self.loss_is_scaled_for_ga = True
 
@@ -62,14 +69,24 @@ class InternVLTrainer(Trainer):
             generator=torch.Generator().manual_seed(args.seed),
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; as a result, not to resume from, whole where PEFT cannot say what learnt beside adapters."""
+        if not _internal_call and not self._is_whole and find_saved_modules(self.model) is None:
+            self.save_merged(output_dir or self.args.output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def save_merged(self, output_dir: str) -> None:
-        """Save the model whole, an adapter folded into it if there is one; ends training."""
-        if isinstance(self.model, PreTrainedModel):
+        """Save the model whole, an adapter folded into it if there is one; the model itself stays as it is."""
+        if self._is_whole:
             self.save_model(output_dir)
             return
-        self.model = self.model.merge_and_unload()
-        # Not save_model: under DeepSpeed that takes names and tensors from the engine, which knows the adapter only.
-        self._save(output_dir)
+        # On all ranks: under ZeRO-3 each has a part. What save_model gathers there is without the frozen parts.
+        state_dict = self.accelerator.get_state_dict(self.deepspeed) if self.is_deepspeed_enabled else None
+        if self.args.should_save:
+            base = self.model.get_base_model()
+            base.save_pretrained(output_dir, state_dict=fold_adapters(self.model, state_dict))
+            self.processing_class.save_pretrained(output_dir)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         return super().get_batch_samples(self._meter.time_waits(epoch_iterator), *args, **kwargs)
@@ -109,17 +126,50 @@ class InternVLTrainer(Trainer):
         Trainer (5.23) reads the file by the names in memory, which are not those of the published
         layout, and goes on with the weights it has where none of the names match.
         """
-        if not isinstance(self.model, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._is_whole:
+            load_adapter_into(self.model, Path(resume_from_checkpoint))
             return
         saved = InternVLForTraining.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, configuration and tokenizer, without Trainer's pickle of this machine's arguments."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        if self._is_whole:
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        elif self.args.should_save:
+            save_adapter(self.model, folder, state_dict)
+            self.processing_class.save_pretrained(folder)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether there are no adapters."""
+        return isinstance(self.model, PreTrainedModel)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer; with groups by part where a part has a learning rate of its own."""
+        if self.optimizer is None and self._rates.own:
+            learning = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(learning))
+            groups = build_parameter_groups(learning, self._rates, decayed=decayed, weight_decay=self.args.weight_decay)
+            self._first_rate = groups[0]["lr"]
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, learning)
+            self.optimizer = optimizer_class(groups, **options)
+        built: torch.optim.Optimizer = super().create_optimizer(model)
+        return built
+
+    def _get_learning_rate(self) -> float:
+        """Get the main learning rate of this step, also where every group has one of its own."""
+        return float(super()._get_learning_rate() * (self.args.learning_rate / self._first_rate))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs:
+            # One schedule multiplies all rates.
+            factor = logs["learning_rate"] / self.args.learning_rate
+            logs |= {f"learning_rate/{part}": rate * factor for part, rate in self._rates.own.items()}
+        super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay every tensor as the original does (F12), or all but biases and norms as Hugging Face does."""
