@@ -9,6 +9,7 @@ Shapes: `B` sequences, `T` tokens, `N` segments of a pack, `K` tiles, `S` pixels
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ class InternVLForTraining(InternVLForConditionalGeneration):
         vision_tower = self.model.vision_tower
         if not any(parameter.requires_grad for parameter in vision_tower.parameters()):
             vision_tower.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InternVLForTraining":
+        """Move or cast as the native class, but keep the rotary frequencies in float32.
+
+        DeepSpeed casts a whole model to bfloat16, buffers included, and frequencies rounded to 8 bits turn
+        tokens a thousand places apart by radians more or less than the model was trained with.
+        """
+        exact = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in exact:
+            cast = module._buffers[name]
+            if cast is not None and cast.dtype != torch.float32 and cast.is_floating_point():
+                module._buffers[name] = buffer.to(cast.device)
         return self
 
     def forward(

@@ -359,3 +359,12 @@ def test_rounded_weights_are_refused() -> None:
     batch = pad_batch(SAMPLES, "sample")
     with pytest.raises(ArgumentError, match="bfloat16, not float32"):
         build_tiny_model()(**{**batch, "loss_weights": batch["loss_weights"].bfloat16()})
+
+
+def test_rotary_frequencies_stay_exact_when_the_model_is_cast() -> None:
+    # DeepSpeed casts the whole module: at position 4,000 a frequency of 8 bits is radians off.
+    model = build_tiny_model()
+    exact = model.model.language_model.rotary_emb.inv_freq.clone()
+    for cast in (model.bfloat16(), model.to(torch.bfloat16), model.half()):
+        assert cast.lm_head.weight.dtype != torch.float32
+        assert torch.equal(cast.model.language_model.rotary_emb.inv_freq, exact)
