@@ -1,8 +1,10 @@
 """The `internvl` command. Imports late: `internvl --help` must not wait for Prefect."""
 
 import os
+import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +26,7 @@ app.command()(plan)
 app.command()(convert)
 
 INTERRUPTED = 130
+LINE_COLUMNS = 100
 
 QUIET_PREFECT = {
     "PREFECT_LOGGING_LEVEL": "INFO",
@@ -51,7 +54,7 @@ def run(
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
-    from tasks.stage_plan import check_stage_arguments
+    from tasks.stage_plan import check_launchers, check_stage_arguments
 
     overrides = parse_overrides(override or [])
     if start_from is not None:
@@ -59,6 +62,7 @@ def run(
     # Refuse a wrong recipe before a server is started for it.
     loaded = load_recipe(recipe, overrides)
     check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
+    check_launchers(loaded.stages)
 
     # Before Prefect is imported, which starts threads.
     leave_terminal()
@@ -83,8 +87,11 @@ def recipes() -> None:
     """List the recipes that ship with the pipeline."""
     from flows.recipe import list_recipes, load_recipe
 
-    for name in list_recipes():
-        typer.echo(f"{name:<24} {load_recipe(name).description}")
+    names = sorted(list_recipes(), key=_split_numbers)
+    width = max(map(len, names)) + 2
+    for name in names:
+        text = f"{name:<{width}}{load_recipe(name).description}"
+        typer.echo(textwrap.fill(text, LINE_COLUMNS, subsequent_indent=" " * width, break_on_hyphens=False))
 
 
 @app.command()
@@ -95,11 +102,15 @@ def check(
     """Check a recipe and the arguments of all its stages; needs no GPU and starts nothing."""
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
-    from tasks.stage_plan import check_stage_arguments
+    from tasks.stage_plan import check_stage_arguments, find_unstartable
 
     loaded = load_recipe(recipe, parse_overrides(override or []))
     check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
-    typer.echo(f"{loaded.name}: {len(loaded.stages)} stages, all arguments are right.")
+    count = f"{len(loaded.stages)} stage{'s' if len(loaded.stages) > 1 else ''}"
+    typer.echo(f"{loaded.name}: {count}, all arguments are right.")
+    if unstartable := find_unstartable(loaded.stages):
+        names = ", ".join(stage.name for stage in unstartable)
+        typer.echo(f"{names}: more machines than the one that this version can start. `internvl run` tells how to fit.")
 
 
 @app.command()
@@ -129,6 +140,11 @@ def main() -> None:
     if exit_code == INTERRUPTED:
         typer.echo("Stopped.", err=True)
     sys.exit(exit_code)
+
+
+def _split_numbers(name: str) -> list[tuple[int, str]]:
+    """Make a sort key that puts 4b before 26b."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _print_result(result: "RecipeResult") -> None:

@@ -21,7 +21,7 @@ from tasks.check_inputs import check_inputs
 from tasks.index_data import index_data
 from tasks.show_stages import show_stages
 from tasks.stage import PREVIOUS, Stage
-from tasks.stage_plan import check_stage_arguments
+from tasks.stage_plan import check_launchers, check_stage_arguments
 from tasks.track_run import RunTracker
 from tasks.train_stage import train_stage
 from tasks.trained_stage import TrainedStage
@@ -49,6 +49,7 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
     # Here and not only in the command: a worker runs the flow without it.
     shorten_errors()
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
+    check_launchers(recipe.stages)
     _make_workspace(recipe.directory)
     if recipe.smoke_inputs:
         build_smoke_inputs(recipe.directory)

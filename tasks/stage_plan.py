@@ -21,6 +21,7 @@ from tasks.stage import Stage
 
 COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
 METAS = ("meta_path", "eval_meta_path")
+GRADIENT_ACCUMULATION = "gradient_accumulation_steps"
 SET_BY_PIPELINE = ("attempt_dir", "cache_dir", "output_dir")
 """Directories that an attempt gets from its workspace."""
 
@@ -68,6 +69,30 @@ def resolve_stage(stage: Stage, *, has_parent: bool) -> dict[str, Any]:
     if has_parent:
         values["model_name_or_path"] = None
     return values
+
+
+def check_launchers(stages: list[Stage]) -> None:
+    """Refuse stages that this version cannot start; where a run starts, not where a recipe is read.
+
+    Raises:
+        ArgumentError: a line for each, with the overrides that keep its global batch on one machine.
+    """
+    lines = []
+    for stage in find_unstartable(stages):
+        nnodes = stage.launcher.nnodes
+        values = resolve_arguments({GRADIENT_ACCUMULATION: stage.arguments.get(GRADIENT_ACCUMULATION, 1)})
+        lines.append(
+            f"stages.{stage.name}: launcher.nnodes is {nnodes}, but this version starts torchrun on one machine only. "
+            f"The same global batch on one: --set stages.{stage.name}.launcher.nnodes=1 "
+            f"--set stages.{stage.name}.arguments.{GRADIENT_ACCUMULATION}={values[GRADIENT_ACCUMULATION] * nnodes}"
+        )
+    if lines:
+        raise ArgumentError("\n".join(lines))
+
+
+def find_unstartable(stages: list[Stage]) -> list[Stage]:
+    """Find the stages for whose launcher this version has no way to start torchrun."""
+    return [stage for stage in stages if stage.launcher.nnodes != 1]
 
 
 def get_cache_dir(workspace: Path) -> Path:
