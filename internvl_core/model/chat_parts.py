@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import InternVLVisionConfig, LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.internlm3 import InternLM3Config
 
@@ -17,7 +18,7 @@ from internvl_core.errors import ArgumentError
 
 NOT_KEPT = frozenset(
     "_attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path add_cross_attention "  # noqa: SIM905
-    "auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
+    "architectures auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
     "decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size "
     "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label "
     "is_composition is_decoder is_encoder_decoder label2id length_penalty max_length min_length "
@@ -134,6 +135,10 @@ def build_text_config(llm: Mapping[str, Any]) -> PretrainedConfig:
                 f"llm_config: rope_pos_id_version is {given['rope_pos_id_version']}, which native models do not have."
             )
         given |= {"attention_bias": given["bias"], "mlp_bias": False}
+    scaling = given.get("rope_scaling") or {}
+    if scaling.get("type") == "su":
+        # Phi-3's first name for it. transformers 5.23 renames it itself, but too late to complete it.
+        scaling["type"] = "longrope"
     known = _list_fields(family.config_class) | {"rope_theta", "rope_scaling", "partial_rotary_factor"}
     known |= set(family.config_class.attribute_map)
     settings = {name: value for name, value in given.items() if name in known}
@@ -219,7 +224,7 @@ def build(config_class: Any, **settings: Any) -> Any:
     """Build a config; values that its class refuses are an ArgumentError."""
     try:
         return config_class(**settings)
-    except (TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise ArgumentError(f"config.json is no {config_class.__name__}: {' '.join(str(error).split())}") from error
 
 
