@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.tiles import normalise
 from internvl_core.model.adapters import find_saved_modules, fold_adapters, load_adapter_into, save_adapter
-from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.model.save import save_model
+from internvl_core.model.skeleton import fill
+from internvl_core.model.sources import open_whole
 from internvl_core.train.gradient_check import GradientCheck
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
@@ -84,9 +85,8 @@ class InternVLTrainer(Trainer):
         # On all ranks: under ZeRO-3 each has a part. What save_model gathers there is without the frozen parts.
         state_dict = self.accelerator.get_state_dict(self.deepspeed) if self.is_deepspeed_enabled else None
         if self.args.should_save:
-            base = self.model.get_base_model()
-            base.save_pretrained(output_dir, state_dict=fold_adapters(self.model, state_dict))
-            self.processing_class.save_pretrained(output_dir)
+            folded = fold_adapters(self.model, state_dict)
+            save_model(self.model.get_base_model(), self.processing_class, Path(output_dir), state_dict=folded)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         return super().get_batch_samples(self._meter.time_waits(epoch_iterator), *args, **kwargs)
@@ -126,20 +126,20 @@ class InternVLTrainer(Trainer):
         Trainer (5.23) reads the file by the names in memory, which are not those of the published
         layout, and goes on with the weights it has where none of the names match.
         """
-        if not self._is_whole:
-            load_adapter_into(self.model, Path(resume_from_checkpoint))
-            return
-        saved = InternVLForTraining.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        folder = Path(resume_from_checkpoint)
+        if self._is_whole:
+            fill(self.model, open_whole(folder, folder).weights, source=resume_from_checkpoint)
+        else:
+            load_adapter_into(self.model, folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, configuration and tokenizer, without Trainer's pickle of this machine's arguments."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         if self._is_whole:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save:
-                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        elif self.args.should_save:
+            save_model(self.model, self.processing_class, folder, state_dict=state_dict)
+        else:
             save_adapter(self.model, folder, state_dict)
             self.processing_class.save_pretrained(folder)
 
