@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from internvl_core.errors import ArgumentError
-from internvl_core.model.chat_config import get_llm_family, has_tied_embeddings
+from internvl_core.model.chat_config import build_text_config, get_llm_family, has_tied_embeddings
 from internvl_core.model.chat_layouts import (
     internlm2_to_llama,
     internvit_to_native,
     llama_to_internlm2,
     native_to_internvit,
 )
+from internvl_core.model.chat_parts import get_family
 from internvl_core.model.weights import LazyTensor, Weights, from_state_dict
 
 _PARTS = {
@@ -39,8 +40,6 @@ _PARTS = {
     "mlp1.1.": "model.multi_modal_projector.linear_1.",
     "mlp1.3.": "model.multi_modal_projector.linear_2.",
 }
-
-_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 # transformers 4.30 and before saved what can be computed; nothing is learnt there.
 _COMPUTED = ".rotary_emb.inv_freq"
@@ -58,7 +57,8 @@ def to_native(chat: Weights, config: InternVLConfig) -> dict[str, LazyTensor]:
     """
     chat = _drop_computed(chat)
     if has_tied_embeddings(config):
-        chat = _share_embeddings(chat, *_name_embeddings(config))
+        head, embeddings = _name_embeddings(get_llm_family(config))
+        chat = _share_embeddings(chat, f"language_model.{head}", f"language_model.{embeddings}")
     _check(chat, _to_chat(_outline(InternVLForConditionalGeneration, config), config))
     native: dict[str, LazyTensor] = {}
     native |= _prefix("model.vision_tower.", internvit_to_native(_take("vision_model.", chat)))
@@ -83,33 +83,49 @@ def to_chat(weights: Weights, config: InternVLConfig) -> dict[str, LazyTensor]:
 
 
 def vision_to_native(vision: Weights, config: InternVLVisionConfig) -> dict[str, LazyTensor]:
-    """Turn an InternViT, whose names have no `vision_model.` before them, into an InternVLVisionModel.
+    """Turn an InternViT of a folder of its own, where no name has `vision_model.` before it, into our model's tower.
+
+    Args:
+        vision: tensors of the folder.
+        config: of `build_vision_config`.
+
+    Returns:
+        Tensors under the module names of the whole model.
 
     Raises:
         ArgumentError: tensors are missing, superfluous or of another shape than the config says.
     """
     vision = _drop_computed(vision)
     _check(vision, native_to_internvit(_outline(InternVLVisionModel, config)))
-    return internvit_to_native(vision)
+    return _prefix("model.vision_tower.", internvit_to_native(vision))
 
 
-def llm_to_native(llm: Weights, config: PretrainedConfig) -> dict[str, LazyTensor]:
-    """Turn a causal language model's own folder into the native one: InternLM2 is cut into a Llama, others stay.
+def llm_to_native(llm: Weights, llm_config: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Turn a causal language model of a folder of its own into our model's; an InternLM2 is cut into a Llama.
 
-    If `config.tie_word_embeddings`, head and embeddings are the same where the folder has but one of them.
+    Where head and embeddings are tied the folder has but one of them; the result has both.
+
+    Args:
+        llm: tensors of the folder.
+        llm_config: content of its config.json.
+
+    Returns:
+        Tensors under the module names of the whole model.
 
     Raises:
         ArgumentError: tensors are missing, superfluous or of another shape than the config says.
     """
     llm = _drop_computed(llm)
+    config, family = build_text_config(llm_config), get_family(llm_config)
     expected = _outline(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
-    is_internlm2 = any(name.startswith("model.tok_embeddings.") for name in llm)
     if config.tie_word_embeddings:
-        llm = _share_embeddings(
-            llm, *(("output.weight", "model.tok_embeddings.weight") if is_internlm2 else (_HEAD, _EMBEDDINGS))
-        )
-    _check(llm, llama_to_internlm2(expected, config) if is_internlm2 else expected)
-    return internlm2_to_llama(llm, config) if is_internlm2 else dict(llm)
+        llm = _share_embeddings(llm, *_name_embeddings(family))
+    if family == "internlm2":
+        _check(llm, llama_to_internlm2(expected, config))
+        llm = internlm2_to_llama(llm, config)
+    else:
+        _check(llm, expected)
+    return {_swap(f"language_model.{name}", _PARTS): tensor for name, tensor in llm.items()}
 
 
 def merge_chat_adapters(chat: Weights, *, backbone_rank: int, llm_rank: int) -> dict[str, LazyTensor]:
@@ -174,10 +190,11 @@ def _merge(name: str, base: LazyTensor | None, adapter: Mapping[str, LazyTensor]
     return LazyTensor(base.shape, base.dtype, read)
 
 
-def _name_embeddings(config: InternVLConfig) -> tuple[str, str]:
-    if get_llm_family(config) == "internlm2":
-        return "language_model.output.weight", "language_model.model.tok_embeddings.weight"
-    return f"language_model.{_HEAD}", f"language_model.{_EMBEDDINGS}"
+def _name_embeddings(family: str) -> tuple[str, str]:
+    """Name the head and the embeddings as the language model's own folder does."""
+    if family == "internlm2":
+        return "output.weight", "model.tok_embeddings.weight"
+    return "lm_head.weight", "model.embed_tokens.weight"
 
 
 def _share_embeddings(weights: Weights, head: str, embeddings: str) -> dict[str, LazyTensor]:
