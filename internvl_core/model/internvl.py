@@ -27,8 +27,17 @@ class InternVLForTraining(InternVLForConditionalGeneration):
     """Native InternVL with both pixel shuffles, drop path, a properly frozen vision tower and a dummy tile."""
 
     def __init__(self, config: InternVLConfig) -> None:
-        """Build it as the native class does; `config.ps_version`, if there is one, names the pixel shuffle."""
+        """Build it as the native class does.
+
+        Args:
+            config: may name its pixel shuffle as `ps_version`, and in `vision_config` the `qk_norm_eps` of the query
+                and key norms, where the native class knows 1e-6 only.
+        """
         super().__init__(config)
+        qk_norm_eps = getattr(config.vision_config, "qk_norm_eps", None)
+        if qk_norm_eps is not None:
+            for layer in self.model.vision_tower.encoder.layer:
+                layer.attention.q_norm.variance_epsilon = layer.attention.k_norm.variance_epsilon = qk_norm_eps
         if getattr(config, "ps_version", "v2") == "v1":
             self.model.multi_modal_projector.register_forward_hook(_transpose_grid)
 

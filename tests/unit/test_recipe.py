@@ -123,7 +123,6 @@ def test_a_tilde_in_the_workspace_is_the_home_directory(path: Path, monkeypatch:
         ("launcher=3", "launcher: 3: Input should be a valid dictionary"),
         ("launcher.nproc_per_node=two", "launcher.nproc_per_node: 'two': Input should be a valid integer"),
         ("launcher.kind=slurm", "launcher: kind slurm is not built yet. Use local."),
-        ("launcher.nnodes=2", "launcher: nnodes 2: more than one machine is not built yet. Use 1."),
         ("arguments=3", "arguments: 3: Input should be a valid dictionary."),
         ("stages.stage1.arguments=3", "stages.stage1.arguments: 3: Input should be a valid dictionary."),
         ("stages.stage1.5.entry=train", "stages.stage1.5.entry: 'train': Input should be 'pretrain', 'finetune' or"),
