@@ -4,6 +4,7 @@ Invariant: what the chat template renders is what training renders for the same 
 `data/templates.py`, the default system message included.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -52,9 +53,10 @@ def write_companions(
     image = IMAGE_CONTEXT if format == "native" else IMAGE_TAG
     chat_template = build_chat_template(style, image=image, opens_with_bos=_opens_with_bos(tokenizer))
     (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-    write_json_atomically(
-        folder / GENERATION_FILE, _build_generation(generation_config, tokenizer, get_template(style))
-    )
+    generation = build_generation_config(generation_config, tokenizer, style).to_diff_dict()
+    # The library's own stamp differs from version to version.
+    kept = {name: generation[name] for name in sorted(generation) if name != "transformers_version"}
+    write_json_atomically(folder / GENERATION_FILE, kept)
     if format == "chat":
         write_json_atomically(folder / "preprocessor_config.json", _build_clip_processor(config))
         return
@@ -67,6 +69,22 @@ def find_conv_style(config: InternVLConfig) -> str | None:
     """Find the conversation style that a model was trained with; None where its config names none that we know."""
     style = _get_settings(config).get("template")
     return style if style in CONV_STYLES else None
+
+
+def build_generation_config(
+    generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, conv_style: str
+) -> GenerationConfig:
+    """Keep the settings of a generation config, or the defaults for None, and let answers end where trained ones do."""
+    built = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+    kept = built.eos_token_id
+    kept_ids = kept if isinstance(kept, list) else [] if kept is None else [kept]
+    template = get_template(conv_style)
+    ending = next(token for token in sorted(template.tokens) if template.endings["gpt"].startswith(token))
+    end_id = tokenizer.get_vocab().get(ending)
+    ids = list(dict.fromkeys([*([] if end_id is None else [end_id]), *kept_ids]))
+    built.eos_token_id = ids or None
+    built.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ids), None)
+    return built
 
 
 def build_chat_template(conv_style: str, *, image: str, opens_with_bos: bool) -> str:
@@ -131,25 +149,6 @@ def _quote(value: Any) -> str:
 
 def _opens_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return TextEncoder.from_tokenizer(tokenizer).bos_token_id is not None
-
-
-def _build_generation(
-    generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: ConvTemplate
-) -> dict[str, Any]:
-    """Keep a generation config's settings, and let answers end where the trained ones do."""
-    content: dict[str, Any] = generation_config.to_diff_dict() if generation_config is not None else {}
-    kept = content.get("eos_token_id")
-    kept_ids = kept if isinstance(kept, list) else [] if kept is None else [kept]
-    ending = next(token for token in sorted(template.tokens) if template.endings["gpt"].startswith(token))
-    end_id = tokenizer.get_vocab().get(ending)
-    ids = list(dict.fromkeys([*([] if end_id is None else [end_id]), *kept_ids]))
-    if ids:
-        content["eos_token_id"] = ids
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ids), None)
-    if pad_id is not None:
-        content["pad_token_id"] = pad_id
-    # Said of itself by the library that reads or writes it.
-    return {key: content[key] for key in sorted(content) if key not in ("_from_model_config", "transformers_version")}
 
 
 def _build_pixels(config: InternVLConfig) -> dict[str, Any]:
