@@ -20,6 +20,7 @@ from transformers import (
     InternVLVisionModel,
     PretrainedConfig,
 )
+from transformers.modeling_utils import set_zero3_state
 
 from internvl_core.errors import ArgumentError
 from internvl_core.model.chat_config import build_text_config, get_llm_family, has_tied_embeddings
@@ -205,8 +206,8 @@ def _share_embeddings(weights: Weights, head: str, embeddings: str) -> dict[str,
 
 def _outline(model_class: Any, config: PretrainedConfig) -> dict[str, LazyTensor]:
     """Build a native model without memory, for the names and shapes of its tensors."""
-    # Not `from_config`: under ZeRO-3 it would cut the parameters to pieces.
-    with torch.device("meta"):
+    # Under ZeRO-3 transformers would cut the parts' parameters to pieces.
+    with torch.device("meta"), set_zero3_state():
         return from_state_dict(model_class(copy.deepcopy(config)).state_dict())
 
 
