@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl_core.arguments import Arguments
 from internvl_core.checkpoint.manifest import CheckpointKind
@@ -24,6 +25,7 @@ from internvl_core.errors import ArgumentError, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.adapter_weights import is_adapter, write_base
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
+from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
@@ -85,7 +87,7 @@ class StageRun:
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
             loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir, dtype=self._dtype)
-            trained: Any = loaded.model.to(self._arguments.training.device)
+            trained: Any = self._place(loaded.model)
             self._continue_curve(newest)
             step, counters = newest.step, newest.counters
             final: CheckpointRef | None = newest.checkpoint
@@ -142,6 +144,22 @@ class StageRun:
                 f"{newest.checkpoint.uri}: written by {newest.world_size} ranks under DeepSpeed, whose optimizer state "
                 f"does not fit {training.world_size}. Resume on {newest.world_size} ranks, or train afresh (--fresh)."
             )
+
+    def _place(self, model: InternVLForTraining) -> InternVLForTraining:
+        """Make a model that is not going to be trained ready to answer."""
+        if not is_deepspeed_zero3_enabled():
+            return model.to(self._arguments.training.device)
+        import deepspeed  # seconds of imports that only ZeRO-3 needs
+
+        # Only an engine's hooks bring each layer's parameters together when they are needed.
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": self._dtype == torch.bfloat16},
+            "zero_optimization": {"stage": 3},
+        }
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        placed: InternVLForTraining = engine.module
+        return placed
 
     def _build_model(self) -> LoadedModel:
         arguments = self._arguments

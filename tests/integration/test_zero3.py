@@ -1,5 +1,6 @@
 """Stages under ZeRO-3: no rank ever holds the model, and the result is that of DDP."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,17 @@ def test_zero3_resumes_to_the_same_weights(arguments: dict[str, Any], under_zero
     resumed = run(tmp_path / "1", saving, store=tmp_path / "store")
     assert "Resuming from step 2" in resumed.log
     check_equal_weights(resumed.final_dir / "model.safetensors", under_zero3.final_dir / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_trained_is_only_evaluated(
+    arguments: dict[str, Any], under_zero3: Attempt, tmp_path: Path
+) -> None:
+    shutil.copytree(
+        under_zero3.store.uri.removeprefix("file://"), tmp_path / "store" / under_zero3.store.uri.split("/")[-1]
+    )
+    shutil.rmtree(*(tmp_path / "store").glob("*/handover"))
+    again = run(tmp_path / "1", {**arguments, "deepspeed": "zero3"}, store=tmp_path / "store")
+    assert "only the evaluation is left" in again.log
+    assert again.result.metrics["accuracy"] == under_zero3.result.metrics["accuracy"]
+    assert again.result.checkpoint.digest == under_zero3.result.checkpoint.digest
