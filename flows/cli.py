@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
-app.command()(plan)
-app.command()(convert)
 
 INTERRUPTED = 130
 LINE_COLUMNS = 100
@@ -111,6 +109,10 @@ def check(
     if unstartable := find_unstartable(loaded.stages):
         names = ", ".join(stage.name for stage in unstartable)
         typer.echo(f"{names}: more machines than the one that this version can start. `internvl run` tells how to fit.")
+
+
+app.command()(plan)
+app.command()(convert)
 
 
 @app.command()
