@@ -10,10 +10,14 @@ before it learns, and as much once more for its weights, if they learn. A part c
 a whole if any weight of it does: adapters and single layers are cheaper than this says.
 """
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from internvl_core.data.sizes import SampleCost
+from internvl_core.model.configs import SIZES_2_5, read_shipped
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,33 @@ class ModelShape:
         return cls(tower, decoder, int(tower.num_patches * config.downsample_ratio**2))
 
 
-_VIT_300M = TowerShape(width=1024, num_layers=24, mlp_width=4096, num_patches=1024, values_per_patch=588)
-_VIT_6B = TowerShape(width=3200, num_layers=45, mlp_width=12800, num_patches=1024, values_per_patch=588)
-# Width, layers, width of the MLP, of the queries, of the keys, tokens; the image tokens included.
-_QWEN_0_5B = DecoderShape(896, 24, 4864, 896, 128, 151674)
-_INTERNLM_1_8B = DecoderShape(2048, 24, 8192, 2048, 1024, 92553)
-_QWEN_3B = DecoderShape(2048, 36, 11008, 2048, 256, 151674)
-_INTERNLM_7B = DecoderShape(4096, 32, 14336, 4096, 1024, 92553)
-_INTERNLM_20B = DecoderShape(6144, 48, 16384, 6144, 1024, 92553)
-_QWEN_32B = DecoderShape(5120, 64, 27648, 5120, 1024, 151674)
-_QWEN_72B = DecoderShape(8192, 80, 29568, 8192, 1024, 151674)
+def _read_shape(name: str) -> ModelShape:
+    content = json.dumps(read_shipped(name))
+    return ModelShape.from_config(json.loads(content, object_hook=lambda items: SimpleNamespace(**items)))
 
-NAMED_SHAPES = {
-    "1b": ModelShape(_VIT_300M, _QWEN_0_5B, 256),
-    "2b": ModelShape(_VIT_300M, _INTERNLM_1_8B, 256),
-    "4b": ModelShape(_VIT_300M, _QWEN_3B, 256),
-    "8b": ModelShape(_VIT_300M, _INTERNLM_7B, 256),
-    "26b": ModelShape(_VIT_6B, _INTERNLM_20B, 256),
-    "38b": ModelShape(_VIT_6B, _QWEN_32B, 256),
-    "78b": ModelShape(_VIT_6B, _QWEN_72B, 256),
-}
+
+NAMED_SHAPES = {size: _read_shape(f"internvl2_5-{size}") for size in SIZES_2_5}
 """InternVL 2.5, by the size in its name (reference 6.1)."""
+
+
+def find_learning_parts(parameters: Iterable[tuple[str, bool]]) -> dict[str, bool]:
+    """Find which parts count as learning, as arguments of `build_sample_cost` and `count_model_flops`.
+
+    Args:
+        parameters: the name of each, and whether it learns.
+    """
+    learning = {"learns_vision": False, "learns_projector": False, "learns_llm": False}
+    parts = {"vision_tower": "learns_vision", "multi_modal_projector": "learns_projector"}
+    for name, learns in parameters:
+        if not learns:
+            continue
+        part = next((flag for part, flag in parts.items() if f".{part}." in name), None)
+        if part is not None:
+            learning[part] = True
+        elif ".language_model." in name:
+            # Adapters add little of their own, but gradients flow through as if the projector learnt.
+            learning["learns_projector" if "lora_" in name else "learns_llm"] = True
+    return learning
 
 
 def build_sample_cost(
