@@ -1,9 +1,9 @@
 """Checkpoints of adapters and of what learns in full beside them, and folding them into the base.
 
-An adapter's folder has PEFT's files, and plain PEFT puts it over the base. What learns in full is stored in
-them as PEFT stores `modules_to_save`, although nothing is wrapped while it learns. Where PEFT has no words for
-it (the adapted part itself learns, or single parameters do), it lies in `LEARNT_FILE` beside them, which only
-this module reads: good to resume from, but the stage's result is then the whole model.
+An adapter's folder has PEFT's files: plain PEFT puts it over the base, `adapter_weights` merges it. What
+learns in full is stored in them as PEFT stores `modules_to_save`, although nothing is wrapped while it learns.
+Where PEFT has no words for it (the adapted part itself learns, or single parameters do), it lies in `LEARNT_FILE`
+beside them, which only this module reads: good to resume from, but the stage's result is then the whole model.
 
 Three kinds of names: of the base (`model.multi_modal_projector.linear_1.weight`), in memory
 (`base_model.model.` before them, `.base_layer` and `.lora_A.default` within) and in PEFT's files.
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl_core.errors import CheckpointCorrupt
-from internvl_core.model.internvl import InternVLForTraining
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LEARNT_FILE = "learnt_parameters.safetensors"
@@ -79,18 +78,6 @@ def load_adapter_into(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in saved.items():
             state[name].copy_(tensor)
-
-
-def merge_adapter(model: InternVLForTraining, folder: Path) -> InternVLForTraining:
-    """Fold an adapter's folder, ours or PEFT's, into the base it was trained over; changes the model in place."""
-    from peft import PeftModel  # 2 s of imports that only adapters need
-
-    if (folder / LEARNT_FILE).is_file():
-        state = model.state_dict()
-        for name, tensor in load_file(folder / LEARNT_FILE).items():
-            state[name].copy_(tensor)
-    merged: InternVLForTraining = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    return merged
 
 
 def fold_adapters(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
