@@ -10,6 +10,8 @@ from internvl_core.argument_renames import RENAMED
 
 BOUNDS: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"exclusiveMinimum": 0},
+    "vision_lr": {"exclusiveMinimum": 0},
+    "mlp_lr": {"exclusiveMinimum": 0},
     "weight_decay": {"minimum": 0, "maximum": 1},
     "adam_beta1": {"minimum": 0, "exclusiveMaximum": 1},
     "adam_beta2": {"minimum": 0, "exclusiveMaximum": 1},

@@ -53,8 +53,6 @@ def _iter_rate_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values["mlp_lr"] is not None and values["freeze_mlp"]:
         yield f"mlp_lr: {values['mlp_lr']}, but the projector does not learn (freeze_mlp). Leave it out."
     for name in list_own_rates(values):
-        if values[name] <= 0:
-            yield f"{name}: {values[name]} is no learning rate. Give one above 0, or freeze the part."
         if values["optim"] not in _GROUPED_OPTIMIZERS:
             yield f"optim: {values['optim']} takes no {name}. Use {' or '.join(_GROUPED_OPTIMIZERS)}."
 

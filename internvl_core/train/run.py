@@ -26,6 +26,7 @@ from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.adapter_weights import is_adapter, write_base
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
 from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.model.liger import apply_liger
 from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
@@ -148,7 +149,8 @@ class StageRun:
     def _place(self, model: InternVLForTraining) -> InternVLForTraining:
         """Make a model that is not going to be trained ready to answer."""
         if not is_deepspeed_zero3_enabled():
-            return model.to(self._arguments.training.device)
+            model.to(self._arguments.training.device)
+            return model
         import deepspeed  # seconds of imports that only ZeRO-3 needs
 
         # Only an engine's hooks bring each layer's parameters together when they are needed.
@@ -169,6 +171,8 @@ class StageRun:
             if self._start is not None:
                 model_arguments.model_name_or_path = str(fetch(self._start, self._cache_dir))
         loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=self._dtype)
+        if model_arguments.use_liger:
+            apply_liger(loaded.model.model.language_model)
         if model_arguments.grad_checkpoint:
             enable_checkpointing(loaded.model)
         return loaded

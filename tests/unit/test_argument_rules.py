@@ -279,7 +279,7 @@ def test_what_is_built_passes(changes: dict[str, Any]) -> None:
         ),
         ({"vision_lr": 1e-5, "freeze_backbone": True}, "vision_lr: 1e-05, but nothing of the vision tower learns"),
         ({"mlp_lr": 1e-5, "freeze_mlp": True}, "mlp_lr: 1e-05, but the projector does not learn"),
-        ({"mlp_lr": 0}, "mlp_lr: 0.0 is no learning rate"),
+        ({"mlp_lr": 0}, "mlp_lr: 0.0 is out of range"),
         ({"vision_lr": 1e-5, "optim": "adafactor"}, "optim: adafactor takes no vision_lr. Use adamw_torch"),
         ({"vision_lr": 1e-5, "deepspeed": "zero3_offload"}, "vision_lr: the deepspeed configuration offloads"),
         ({"meta_path": None}, "meta_path: missing"),

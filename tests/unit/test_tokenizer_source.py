@@ -14,7 +14,7 @@ from internvl_core.data.text_encoder import load_text_encoder
 from internvl_core.errors import ArgumentError, CheckpointNotFound
 from internvl_core.inspection.lint_report import TokenizerSource
 from internvl_core.inspection.tokenizer_source import count_tokens_per_tile, load_encoder
-from internvl_core.model.load import write_base
+from internvl_core.model.adapter_weights import write_base
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 
