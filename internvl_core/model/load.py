@@ -90,6 +90,7 @@ def build_model(
     if path is not None:
         whole = open_whole(find_folder(path, cache_dir, argument="model_name_or_path"), cache_dir)
         _check_settings(whole.config, model_arguments, data_arguments, source=path)
+        _warn_of_changes(whole.config, model_arguments, data_arguments, source=path)
         source = path
     else:
         if model_arguments.vision_path is None or model_arguments.llm_path is None:
@@ -201,6 +202,21 @@ def _check_settings(
         )
     if problems:
         raise ArgumentError(f"{source}: " + " ".join(problems))
+
+
+def _warn_of_changes(
+    config: InternVLConfig, model_arguments: ModelArguments, data_arguments: DataTrainingArguments, *, source: str
+) -> None:
+    """Say what the arguments change about a trained model: often a default that nobody meant."""
+    template = getattr(config, "chat_settings", {}).get("template")
+    for name, trained, given in (
+        ("conv_style", template, data_arguments.conv_style),
+        ("vision_select_layer", config.vision_feature_layer, model_arguments.vision_select_layer),
+    ):
+        if trained is not None and trained != given:
+            logger.warning(
+                "%s: %s, but %s was trained with %s. Set that unless you mean it.", name, given, source, trained
+            )
 
 
 def _list_chat_settings(config: InternVLConfig, data_arguments: DataTrainingArguments) -> dict[str, Any]:

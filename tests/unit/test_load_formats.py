@@ -59,3 +59,20 @@ def test_a_checkpoint_of_the_first_pixel_shuffle_is_built_for_training(tmp_path:
     assert loaded.model.config.chat_settings["max_dynamic_patch"] == 7
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_another_chat_format_or_layer_than_the_model_was_trained_with_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_chat_checkpoint(tmp_path, select_layer=-2)
+    size = read_config(tmp_path, argument="path")["vision_config"]["image_size"]
+    for given, told in (({}, True), ({"conv_style": "internvl2_5", "vision_select_layer": -2}, False)):
+        caplog.clear()
+        build_model(
+            ModelArguments(model_name_or_path=str(tmp_path), vision_select_layer=given.get("vision_select_layer", -1)),
+            DataTrainingArguments(force_image_size=size, conv_style=given.get("conv_style", "internlm2-chat")),
+            cache_dir=tmp_path,
+            dtype=torch.float32,
+        )
+        assert ("conv_style: internlm2-chat, but " in caplog.text) is told
+        assert ("vision_select_layer: -1, but " in caplog.text) is told
