@@ -17,7 +17,7 @@ from internvl_core.data.media import NORMALIZATIONS
 from internvl_core.data.records import IMAGE_TAG, VIDEO_TAG, Role
 from internvl_core.data.templates import CONV_STYLES, IMAGE_CONTEXT, ConvTemplate, get_template
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.model.tokenizer import Format, write_tokenizer
+from internvl_core.model.tokenizer import TOKENIZER_CONFIG_FILE, Format, write_tokenizer
 
 ASSUMED_CONV_STYLE = "internvl2_5"
 """Of InternVL 2.5 and 3: for a model that does not say which style it was trained with."""
@@ -52,7 +52,7 @@ def write_companions(
     # The processor of the native format asks for the context token; readers of the chat format for its tag.
     image = IMAGE_CONTEXT if format == "native" else IMAGE_TAG
     chat_template = build_chat_template(style, image=image, opens_with_bos=_opens_with_bos(tokenizer))
-    (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    _write_chat_template(folder, chat_template, format)
     generation = build_generation_config(generation_config, tokenizer, style).to_diff_dict()
     # The library's own stamp differs from version to version.
     kept = {name: generation[name] for name in sorted(generation) if name != "transformers_version"}
@@ -130,6 +130,17 @@ def compute_tile_px(config: InternVLConfig) -> int:
     """Compute the side of a tile from the tokens that it becomes; a chat model's may differ from its tower's."""
     patches = math.isqrt(round(config.image_seq_length / config.downsample_ratio**2))
     return int(patches * config.vision_config.patch_size[0])
+
+
+def _write_chat_template(folder: Path, chat_template: str, format: Format) -> None:
+    if format == "native":
+        (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+        return
+    # Where transformers 4 looks for it.
+    (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    file = folder / TOKENIZER_CONFIG_FILE
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    write_json_atomically(file, {**settings, "chat_template": chat_template})
 
 
 def _get_settings(config: InternVLConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ MERGE_TOLERANCE = 1e-4
 DTYPE_TOLERANCES = {torch.float32: MERGE_TOLERANCE, torch.float16: 0.02, torch.bfloat16: 0.1}
 """The same for weights rounded to a type: their mantissas have 24, 11 and 8 bits."""
 
-_NUM_TILES = 2
+_NUM_TILES = 1
 _NUM_TEXT_TOKENS = 24
 
 
@@ -46,7 +46,7 @@ class MergeDifference:
 def check_merge(
     base: WholeModel, adapter: Path, *, merged: Weights, written: Weights, dtype: torch.dtype, source: str
 ) -> MergeDifference:
-    """Compare logits of an adapted model with those of its merged weights, on tokens and tiles made up.
+    """Compare logits of an adapted model with those of its merged weights, on tokens and pixels made up.
 
     Args:
         base: what the adapter was trained over.
@@ -89,7 +89,7 @@ def check_merge(
 
 
 def _compute_logits(model: nn.Module, whole: WholeModel) -> Tensor:
-    """Compute the logits [T, V] of a fixed sequence with two tiles between its texts."""
+    """Compute the logits [T, V] of a fixed sequence with a tile between its texts."""
     config = whole.config
     generator = torch.Generator().manual_seed(0)
     num_tokens = min(len(whole.tokenizer), config.text_config.vocab_size)

@@ -15,7 +15,9 @@ from internvl_core.data.records import VIDEO_TAG
 from internvl_core.data.templates import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from internvl_core.data.tokenizer_folder import load_tokenizer
 
-__all__ = ["Format", "load_tokenizer", "write_tokenizer"]
+__all__ = ["TOKENIZER_CONFIG_FILE", "Format", "load_tokenizer", "write_tokenizer"]
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 Format = Literal["native", "chat"]
 
@@ -25,18 +27,22 @@ _PROCESSOR_TOKENS = {
     "context_image_token": IMAGE_CONTEXT,
     "video_token": VIDEO_TAG,
 }
-_CONFIG_FILE = "tokenizer_config.json"
 _JSON_FILE = "tokenizer.json"
 # Where it was loaded from and by what; remote code that is not there; the names of a native folder's tokens again.
 _NOT_KEPT = ("auto_map", "backend", "is_local", "local_files_only", "model_specific_special_tokens", "processor_class")
 # What transformers 5 calls its class of fast tokenizers; versions before know the second name only, as does 5.
 _NEW_CLASS, _KNOWN_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+# The only class written in Python whose files can be had from a tokenizer.json; OpenGVLab's code asks for that kind.
+_SLOW_CLASS = "Qwen2Tokenizer"
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, format: Format) -> None:
-    """Write a tokenizer's files; text gives the same ids from them, in transformers 4 and 5."""
+    """Write a tokenizer's files; text gives the same ids from them.
+
+    Those of the chat format can be read by transformers 4.37 too, which OpenGVLab's code is pinned to.
+    """
     tokenizer.save_pretrained(folder)
-    settings = _read_json(folder / _CONFIG_FILE)
+    settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
     extra = settings.pop("extra_special_tokens", None) or []
     if isinstance(extra, list):
         settings["additional_special_tokens"] = [_get_content(token) for token in extra]
@@ -47,18 +53,39 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, format: Fo
     if format == "native":
         settings |= {"extra_special_tokens": _PROCESSOR_TOKENS, "processor_class": "InternVLProcessor"}
     else:
-        _forget_video_token(folder / _JSON_FILE)
-    write_json_atomically(folder / _CONFIG_FILE, settings)
+        has_slow_class = settings["tokenizer_class"] == _SLOW_CLASS
+        settings["tokenizer_class"] = _SLOW_CLASS if has_slow_class else _KNOWN_CLASS
+        settings["added_tokens_decoder"] = _write_for_old_readers(folder, has_slow_class=has_slow_class)
+    write_json_atomically(folder / TOKENIZER_CONFIG_FILE, settings)
 
 
-def _forget_video_token(file: Path) -> None:
-    """Take out `<video>`, if the native format added it: the chat format has it as plain text."""
-    content = _read_json(file)
-    base = content["model"]["vocab"]
-    kept = [token for token in content["added_tokens"] if token["content"] != VIDEO_TAG]
-    if VIDEO_TAG not in base and len(kept) < len(content["added_tokens"]):
-        content["added_tokens"] = kept
-        file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+def _write_for_old_readers(folder: Path, *, has_slow_class: bool) -> dict[str, Any]:
+    """Write the files again as they were written before transformers 5, and those that its class in Python reads.
+
+    Without `<video>`, if the native format added it: the chat format has it as plain text.
+
+    Returns:
+        The added tokens, by id; they were part of the tokenizer's config.
+    """
+    content = _read_json(folder / _JSON_FILE)
+    model = content["model"]
+    if VIDEO_TAG not in model["vocab"]:
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != VIDEO_TAG]
+    merges = model.get("merges")
+    if merges and not any(" " in piece for pair in merges for piece in pair):
+        model["merges"] = [" ".join(pair) for pair in merges]
+        if has_slow_class:
+            _write_text(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+            _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *model["merges"], ""]))
+    _write_text(folder / _JSON_FILE, json.dumps(content, ensure_ascii=False, indent=2))
+    return {
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+        for token in content["added_tokens"]
+    }
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

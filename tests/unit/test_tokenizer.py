@@ -200,3 +200,22 @@ def test_the_golden_tokenizer_is_found_without_its_tokenizer_json(tmp_path: Path
     golden = load_golden()
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == golden(text)["input_ids"]
+
+
+@pytest.mark.parametrize("build", [load_golden, train_sentence_piece])
+def test_a_chat_folder_is_written_as_transformers_4_reads_it(tmp_path: Path, build: Any) -> None:
+    # Checked by hand with 4.37.2 and tokenizers 0.15.2, which read no pairs, no TokenizersBackend and no jinja file.
+    original: PreTrainedTokenizerBase = build()
+    write_tokenizer(tmp_path, original, "chat")
+    content, settings = (
+        json.loads((tmp_path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    assert all(isinstance(merge, str) for merge in content["model"]["merges"])
+    assert settings["tokenizer_class"] in {"Qwen2Tokenizer", "PreTrainedTokenizerFast"}
+    declared = {int(token_id): token["content"] for token_id, token in settings["added_tokens_decoder"].items()}
+    assert declared == {token_id: str(token) for token_id, token in original.added_tokens_decoder.items()}
+    if settings["tokenizer_class"] == "Qwen2Tokenizer":
+        # The class in Python has these only.
+        (tmp_path / "tokenizer.json").unlink()
+        for text in TEXTS:
+            assert load_tokenizer(str(tmp_path))(text)["input_ids"] == original(text)["input_ids"]
