@@ -183,13 +183,14 @@ def _read_recipe(name: str, stage: str | None, overrides: dict[str, Any], cache_
     names = [known.name for known in recipe.stages]
     if stage is not None and stage not in names:
         raise ArgumentError(f"--stage: no stage {stage}{tell_nearest(stage, names)}. Stages: {', '.join(names)}.")
-    _build_inputs(recipe)
+    build_inputs(recipe)
     jobs = list_meta_jobs(recipe.stages, start_from=recipe.start_from)
     chosen = [job for job in jobs if stage in (None, job.title)]
     return _Request(chosen, str(cache_dir or get_cache_dir(recipe.directory)))
 
 
-def _build_inputs(recipe: "Recipe") -> None:
+def build_inputs(recipe: "Recipe") -> None:
+    """Make the data set and the components of a recipe that trains on made ones, if they are not there yet."""
     if recipe.smoke_inputs and not (recipe.directory / "components").is_dir():
         from tasks.build_smoke_inputs import build_smoke_inputs
 
