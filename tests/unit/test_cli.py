@@ -162,12 +162,6 @@ def test_the_smoke_recipe_is_right(run: Run) -> None:
     assert run("check", "smoke") == (0, "smoke: 4 stages, all arguments are right.\n", "")
 
 
-def test_recipes_are_listed_with_what_they_are_for(run: Run) -> None:
-    code, output, _ = run("recipes")
-    assert code == 0
-    assert f"smoke                    {load_recipe('smoke').description}" in output.splitlines()
-
-
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["recipes"], ["check", "smoke"], ["data", "show", "--help"]]
 )
