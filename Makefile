@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PREFECT_HOME ?= $(CURDIR)/runs/prefect
 
+# Tests of one process each; those that start ranks and servers take all cores themselves.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: help install smoke test test-all check format schema clean
 
 help:  ## Show this list.
@@ -21,10 +24,12 @@ smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
 	$(BIN)/internvl run smoke
 
 test: check  ## Run every test that CI runs.
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest tests/unit tests/contract -m 'not slow' $(PARALLEL)
+	$(BIN)/pytest tests/integration tests/e2e -m 'not slow'
 
 test-all: check  ## Run everything, the long tests included.
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit tests/contract $(PARALLEL)
+	$(BIN)/pytest tests/integration tests/e2e
 
 check: install  ## Lint, format check, types, import directions.
 	$(BIN)/ruff check .

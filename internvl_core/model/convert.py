@@ -10,24 +10,22 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import InternVLConfig
 
-from internvl_core.checkpoint.store import fetch
 from internvl_core.checkpoint.target import TargetFolder, check_target, open_target
 from internvl_core.contract import write_json_atomically
 from internvl_core.errors import ArgumentError
 from internvl_core.model.adapter_weights import get_base, is_adapter, merge_adapter_weights
-from internvl_core.model.adapters import LEARNT_FILE
 from internvl_core.model.chat_config import build_chat_config, is_chat_config
 from internvl_core.model.chat_weights import to_chat
 from internvl_core.model.export import ASSUMED_CONV_STYLE, CHAT_TEMPLATE_FILE, find_conv_style, write_companions
 from internvl_core.model.merge_check import MergeDifference, check_merge
-from internvl_core.model.sources import WholeModel, find_folder, open_whole, read_config
+from internvl_core.model.sources import WholeModel, find_folder, open_base, open_whole, read_config
 from internvl_core.model.tokenizer import Format
 from internvl_core.model.weights import LazyTensor, Weights, open_weights, to_published_names, write_weights
 
@@ -150,7 +148,7 @@ def _open_source(uri: str, cache_dir: Path, *, merge: bool) -> _Source:
     if is_adapter(folder):
         if not merge:
             raise ArgumentError(f"{uri} holds an adapter. Say --merge to fold it into the model it was trained over.")
-        return _open_adapter(folder, cache_dir, uri)
+        return _open_adapter(folder, cache_dir)
     is_chat = is_chat_config(read_config(folder, argument="SRC"))
     num_adapted = sum(_ADAPTER_MARK in name for name in open_weights(folder)) if is_chat else 0
     if num_adapted and not merge:
@@ -165,18 +163,13 @@ def _open_source(uri: str, cache_dir: Path, *, merge: bool) -> _Source:
     )
 
 
-def _open_adapter(folder: Path, cache_dir: Path, uri: str) -> _Source:
-    if (folder / LEARNT_FILE).is_file():
-        raise ArgumentError(
-            f"{uri} is a state to resume from: beside the adapter it holds parameters that PEFT has no place for. "
-            "Give the final checkpoint of its stage."
-        )
-    reference = get_base(folder)
-    base = open_whole(fetch(reference, cache_dir), cache_dir, argument="SRC")
+def _open_adapter(folder: Path, cache_dir: Path) -> _Source:
+    base = open_base(folder, cache_dir, argument="SRC")
     # Merged before it is rounded, so that the sum is rounded once.
     merged = merge_adapter_weights(_cast(base.weights, torch.float32), folder)
-    whole = WholeModel(base.config, merged, base.tokenizer, base.generation_config)
-    return _Source(whole, "adapter", folder, merged=f"the adapter into {reference.uri}", base=base)
+    return _Source(
+        replace(base, weights=merged), "adapter", folder, merged=f"the adapter into {get_base(folder).uri}", base=base
+    )
 
 
 def _check_formats(source: _Source, uri: str, *, to: Format, is_cast: bool) -> None:

@@ -17,13 +17,12 @@ from internvl_core.arguments import DataTrainingArguments, ModelArguments
 from internvl_core.data.templates import IMAGE_CONTEXT, SPECIAL_TOKENS
 from internvl_core.errors import ArgumentError
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
-from internvl_core.model.resize import find_vocabulary_size, resize_positions, resize_rows
+from internvl_core.model.resize import count_tokens_per_tile, find_vocabulary_size, fit_tiles, resize_rows
 from internvl_core.model.skeleton import build_skeleton, fill
 from internvl_core.model.sources import (
     EMBEDDINGS,
     LM_HEAD,
     PROJECTOR,
-    TOWER,
     WholeModel,
     find_folder,
     open_llm,
@@ -36,8 +35,6 @@ from internvl_core.model.weights import from_state_dict
 logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_DIR = Path("~/.cache/internvl")
-
-_POSITIONS = f"{TOWER}embeddings.position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def build_model(
         projector = open_projector(model_arguments.mlp_path, cache_dir)
         whole = replace(whole, weights={**whole.weights, **projector})
         source = f"{source} with {model_arguments.mlp_path}"
-    whole = _fit_tiles(whole, data_arguments.force_image_size)
+    whole = replace(whole, weights=fit_tiles(whole.config, whole.weights, data_arguments.force_image_size))
     whole.config.vision_feature_layer = model_arguments.vision_select_layer
     whole.config.chat_settings = _list_chat_settings(whole.config, data_arguments)
     loaded = _build(whole, dtype, source=source)
@@ -143,7 +140,7 @@ def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: floa
         vision_config=tower.config,
         text_config=llm.config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
-        image_seq_length=_count_tokens_per_tile(tower.config, down_sample_ratio),
+        image_seq_length=count_tokens_per_tile(tower.config, down_sample_ratio),
         downsample_ratio=down_sample_ratio,
         tie_word_embeddings=False,
     )
@@ -161,29 +158,6 @@ def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: floa
         **embeddings,
     }
     return WholeModel(config, weights, tokenizer, llm.generation_config)
-
-
-def _fit_tiles(whole: WholeModel, tile_size: int) -> WholeModel:
-    """Resize the vision tower's position embedding, if its tiles are of another size."""
-    vision = whole.config.vision_config
-    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
-    if (height, width) == (tile_size, tile_size):
-        return whole
-    side = round(1 / whole.config.downsample_ratio)
-    if tile_size % (patch_height * side) or tile_size % (patch_width * side):
-        raise ArgumentError(
-            f"force_image_size: {tile_size} px is no whole number of tokens, which are {side} x {side} patches of "
-            f"{patch_height} px. Nearest: {max(1, round(tile_size / patch_height / side)) * patch_height * side}."
-        )
-    resized = resize_positions(
-        whole.weights[_POSITIONS],
-        old_grid=(height // patch_height, width // patch_width),
-        new_grid=(tile_size // patch_height, tile_size // patch_width),
-    )
-    logger.info("Position embedding of the vision tower: from tiles of %d px to %d px", height, tile_size)
-    vision.image_size = (tile_size, tile_size)
-    whole.config.image_seq_length = _count_tokens_per_tile(vision, whole.config.downsample_ratio)
-    return replace(whole, weights={**whole.weights, _POSITIONS: resized})
 
 
 def _check_settings(
@@ -230,10 +204,3 @@ def _list_chat_settings(config: InternVLConfig, data_arguments: DataTrainingArgu
         "max_dynamic_patch": data_arguments.max_dynamic_patch,
         "pad2square": data_arguments.pad2square,
     }
-
-
-def _count_tokens_per_tile(vision_config: Any, down_sample_ratio: float) -> int:
-    rows, columns = (
-        pixels // patch for pixels, patch in zip(vision_config.image_size, vision_config.patch_size, strict=True)
-    )
-    return int(rows * columns * down_sample_ratio**2)

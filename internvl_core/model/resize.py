@@ -4,15 +4,22 @@ Done on tensors that are still to be read, before they reach a model: so it is t
 where no rank holds a whole parameter (F30, F38).
 """
 
+import logging
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import InternVLConfig
 
-from internvl_core.model.weights import LazyTensor
+from internvl_core.errors import ArgumentError
+from internvl_core.model.weights import LazyTensor, Weights
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY_MULTIPLE = 64
+POSITIONS = "model.vision_tower.embeddings.position_embeddings"
 
 
 def find_vocabulary_size(num_tokens: int, num_rows: int) -> int:
@@ -40,6 +47,37 @@ def resize_rows(tensor: LazyTensor, *, num_known: int, num_rows: int) -> LazyTen
         return resized
 
     return replace(tensor, shape=(num_rows, tensor.shape[1]), read=read)
+
+
+def fit_tiles(config: InternVLConfig, weights: Weights, tile_size: int) -> Weights:
+    """Resize the vision tower's position embedding, if its tiles are of another size; the config is changed.
+
+    Raises:
+        ArgumentError: tiles of this size are no whole number of tokens.
+    """
+    vision = config.vision_config
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    if (height, width) == (tile_size, tile_size):
+        return weights
+    side = round(1 / config.downsample_ratio)
+    if tile_size % (patch_height * side) or tile_size % (patch_width * side):
+        raise ArgumentError(
+            f"force_image_size: {tile_size} px is no whole number of tokens, which are {side} x {side} patches of "
+            f"{patch_height} px. Nearest: {max(1, round(tile_size / patch_height / side)) * patch_height * side}."
+        )
+    logger.info("Position embedding of the vision tower: from tiles of %d px to %d px", height, tile_size)
+    old_grid = (height // patch_height, width // patch_width)
+    new_grid = (tile_size // patch_height, tile_size // patch_width)
+    vision.image_size = (tile_size, tile_size)
+    config.image_seq_length = count_tokens_per_tile(vision, config.downsample_ratio)
+    return {**weights, POSITIONS: resize_positions(weights[POSITIONS], old_grid=old_grid, new_grid=new_grid)}
+
+
+def count_tokens_per_tile(vision_config: Any, down_sample_ratio: float) -> int:
+    rows, columns = (
+        pixels // patch for pixels, patch in zip(vision_config.image_size, vision_config.patch_size, strict=True)
+    )
+    return int(rows * columns * down_sample_ratio**2)
 
 
 def resize_positions(tensor: LazyTensor, *, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> LazyTensor:

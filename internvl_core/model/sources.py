@@ -27,7 +27,10 @@ from internvl_core.data.templates import IMAGE_CONTEXT
 from internvl_core.errors import ArgumentError
 from internvl_core.model import chat_weights
 from internvl_core.model.adapter_weights import get_base, is_adapter, merge_adapter_weights
+from internvl_core.model.adapters import LEARNT_FILE
 from internvl_core.model.chat_config import build_native_config, build_text_config, build_vision_config, is_chat_config
+from internvl_core.model.export import ASSUMED_CONV_STYLE, build_generation_config, find_conv_style
+from internvl_core.model.resize import fit_tiles
 from internvl_core.model.tokenizer import load_tokenizer
 from internvl_core.model.weights import LazyTensor, Weights, from_state_dict, open_weights, to_module_names
 
@@ -105,10 +108,9 @@ def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_
         ArgumentError: the folder holds something else, or is damaged.
     """
     if is_adapter(folder):
-        base = get_base(folder)
-        logger.info("Merging the adapter in %s into its base %s", folder, base.uri)
-        whole = open_whole(fetch(base, cache_dir), cache_dir, argument=argument)
-        return replace(whole, weights=merge_adapter_weights(whole.weights, folder))
+        base = open_base(folder, cache_dir, argument=argument)
+        logger.info("Merging the adapter in %s into its base %s", folder, get_base(folder).uri)
+        return replace(base, weights=merge_adapter_weights(base.weights, folder))
     raw = read_config(folder, argument=argument)
     tokenizer = load_tokenizer(str(folder))
     generation_config = _find_generation_config(folder)
@@ -118,7 +120,9 @@ def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_
             raise ArgumentError(f"{argument}: {folder}: the tokenizer has no {IMAGE_CONTEXT}. Take the model's own.")
         config = build_native_config(raw, image_token_id=image_token_id)
         weights = chat_weights.to_native(_open_chat(folder, raw), config)
-        return WholeModel(config, weights, tokenizer, generation_config)
+        # What the original wrote there seldom says where an answer ends.
+        style = find_conv_style(config) or ASSUMED_CONV_STYLE
+        return WholeModel(config, weights, tokenizer, build_generation_config(generation_config, tokenizer, style))
     if raw.get("model_type") != InternVLConfig.model_type:
         raise ArgumentError(
             f"{argument}: {folder} holds a {raw.get('model_type')} model, not an InternVL. Give a native "
@@ -126,6 +130,26 @@ def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_
         )
     config = _load(argument, InternVLConfig.from_pretrained, str(folder))
     return WholeModel(config, _with_head(to_module_names(open_weights(folder))), tokenizer, generation_config)
+
+
+def open_base(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_path") -> WholeModel:
+    """Open what an adapter was trained over, as it was while the adapter learnt: its tiles, its chat format.
+
+    Raises:
+        ArgumentError: the folder does not say what that is, or is no stage's result.
+        CheckpointNotFound, CheckpointCorrupt, StoreUnavailable: the base cannot be had.
+    """
+    if (folder / LEARNT_FILE).is_file():
+        raise ArgumentError(
+            f"{argument}: {folder} is a state to resume from: beside the adapter it holds parameters that PEFT has no "
+            "place for. Give the final checkpoint of its stage."
+        )
+    base = open_whole(fetch(get_base(folder), cache_dir), cache_dir, argument=argument)
+    if not (folder / _CONFIG_FILE).is_file():
+        return base
+    trained = _load(argument, InternVLConfig.from_pretrained, str(folder))
+    base.config.chat_settings = getattr(trained, "chat_settings", {})
+    return replace(base, weights=fit_tiles(base.config, base.weights, trained.vision_config.image_size[0]))
 
 
 def open_tower(folder: Path, cache_dir: Path) -> VisionTower:

@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,16 +202,41 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    handle: Any = safe_open(path, framework="pt")
+    # The library checks the header; its own tensors are a mapping of the file, whose pages would stay in memory.
+    with safe_open(path, framework="pt"):
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
     weights = {}
-    for name in handle.keys():  # noqa: SIM118 (it is no mapping)
-        part = handle.get_slice(name)
-        dtype = part.get_dtype()
-        if dtype not in _DTYPES:
-            raise ArgumentError(f"{path}: tensor {name} is of type {dtype}, which is not read. Convert it first.")
-        read: Callable[[], Tensor] = lambda name=name: handle.get_tensor(name)  # type: ignore[misc] # noqa: E731
-        weights[name] = LazyTensor(tuple(part.get_shape()), _DTYPES[dtype], read)
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ArgumentError(
+                f"{path}: tensor {name} is of type {entry['dtype']}, which is not read. Convert it first."
+            )
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        read: Callable[[], Tensor] = partial(_read_part, path, 8 + length + start, end - start, dtype, shape)
+        weights[name] = LazyTensor(shape, dtype, read)
     return weights
+
+
+def _read_part(path: Path, start: int, num_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not num_bytes:
+        return torch.empty(shape, dtype=dtype)
+    content = bytearray(num_bytes)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        view = memoryview(content)
+        # One call reads 2 GiB at most.
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ArgumentError(f"{path} was cut off while it was read. Fetch it again.")
+            view = view[count:]
+    return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _swap_prefix(name: str, prefixes: Mapping[str, str]) -> str:

@@ -141,6 +141,8 @@ class InternVLTrainer(Trainer):
             save_model(self.model, self.processing_class, folder, state_dict=state_dict)
         else:
             save_adapter(self.model, folder, state_dict)
+            # What it was trained with: tiles, chat format.
+            self.model.get_base_model().config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
 
     @property

@@ -89,7 +89,6 @@ def generate(model: Any, tokenizer: Any) -> str:
             pixel_values=tiles,
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         )
     text: str = tokenizer.decode(output[0, ids.shape[1] :])
     return text

@@ -4,7 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_internvl import build_tiles, build_tiny_model
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, InternVLForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    InternVLForConditionalGeneration,
+)
 
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.model.load import load_model
