@@ -85,14 +85,14 @@ def test_a_committed_checkpoint_is_converted_from_its_stage(run: Run, tmp_path: 
     ("source", "target", "options", "message"),
     [
         ("magic://bucket/model", "out", [], "Unknown protocol magic://"),
-        ("no/such/folder", "out", [], "no such folder"),
+        pytest.param("no/such/folder", "out", [], "no such folder", marks=pytest.mark.slow),
         ("{bucket}/nothing", "out", [], "there is no such folder"),
-        ("{golden}", "magic://bucket/out", [], "Unknown protocol magic://"),
-        ("{golden}", "{golden}", [], "is not empty"),
-        ("{golden}", "{bucket}", [], "is a whole bucket"),
-        ("{golden}", "out", ["--merge"], "has no adapters"),
-        ("{golden}", "out", ["--to", "chat"], "in the chat format already"),
-        ("{tmp}/text", "out", [], "is no model"),
+        pytest.param("{golden}", "magic://bucket/out", [], "Unknown protocol magic://", marks=pytest.mark.slow),
+        pytest.param("{golden}", "{golden}", [], "is not empty", marks=pytest.mark.slow),
+        pytest.param("{golden}", "{bucket}", [], "is a whole bucket", marks=pytest.mark.slow),
+        pytest.param("{golden}", "out", ["--merge"], "has no adapters", marks=pytest.mark.slow),
+        pytest.param("{golden}", "out", ["--to", "chat"], "in the chat format already", marks=pytest.mark.slow),
+        pytest.param("{tmp}/text", "out", [], "is no model", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_64(
