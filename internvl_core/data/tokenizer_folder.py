@@ -44,7 +44,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         if (folder / _SENTENCE_PIECE_FILE).is_file() and not has_json:
             return _convert(folder, settings)
         if not is_remote_code:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_hide_unknown_type(folder))
         if not has_json:
             raise ArgumentError(
                 f"tokenizer: {path} has neither {_JSON_FILE} nor {_SENTENCE_PIECE_FILE}, only Python code of its own, "
@@ -57,6 +57,14 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     # Saved with it, it would send the next reader to code that is not there.
     tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
+
+
+def _hide_unknown_type(folder: Path) -> dict[str, Any]:
+    """Give transformers a config of no type instead of one whose type it does not know, of which it warns."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    model_type = _read_json(folder / "config.json").get("model_type")
+    return {} if model_type is None or model_type in CONFIG_MAPPING else {"config": PretrainedConfig()}
 
 
 def _read_settings(path: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from internvl_core.data.packing import PackSampler
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.sizes import PackLimits, SampleCost
 from internvl_core.errors import DataError
-from internvl_core.model.flops import ModelShape, build_sample_cost
+from internvl_core.model.flops import ModelShape, build_sample_cost, find_learning_parts
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.train.pack_log import PackLog
 from internvl_core.train.sampler import Share, StepSampler, read_num_steps
@@ -127,19 +127,10 @@ def _plan_packs(arguments: Arguments, mixture: Mixture, cost: SampleCost, share:
 
 
 def _build_cost(model: InternVLForTraining) -> SampleCost:
-    parts = {"vision_tower": False, "multi_modal_projector": False, "language_model": False}
-    for name, parameter in model.named_parameters():
-        part = next((part for part in parts if f".{part}." in name), None)
-        if part is None or not parameter.requires_grad:
-            continue
-        # Adapters add little of their own, but gradients flow through the language model as if the projector learnt.
-        is_adapter_of_llm = part == "language_model" and "lora_" in name
-        parts["multi_modal_projector" if is_adapter_of_llm else part] = True
+    learning = find_learning_parts((name, parameter.requires_grad) for name, parameter in model.named_parameters())
     return build_sample_cost(
         ModelShape.from_config(model.config),
-        learns_vision=parts["vision_tower"],
-        learns_projector=parts["multi_modal_projector"],
-        learns_llm=parts["language_model"],
+        **learning,
         # Whatever the arguments say: a stage that is short of memory must be able to switch it on, and keep its packs.
         is_checkpointed=True,
     )
