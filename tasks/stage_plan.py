@@ -5,14 +5,13 @@ inputs find the same directory in the store, whoever runs them, where, and on ho
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
-from internvl_core.checkpoint.manifest import HASH_WORKERS, hash_file
+from internvl_core.checkpoint.folder import digest_folder
 from internvl_core.checkpoint.store import is_checkpoint_uri, resolve_checkpoint
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
@@ -131,10 +130,4 @@ def _digest_component(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return path
-    # Links are followed, unlike in a checkpoint: a folder of the hub's cache has nothing else.
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor(HASH_WORKERS) as pool:
-        digests = pool.map(hash_file, files)
-    return digest_json(
-        [[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, digests, strict=True)]
-    )
+    return digest_folder(folder)

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.commits import list_commit_names, open_checkpoint, resolve_checkpoint
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.fetch import fetch
+from internvl_core.checkpoint.manifest import HASH_WORKERS, hash_file
 from internvl_core.checkpoint.remote_backend import RemoteBackend, open_filesystem
 from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
-from internvl_core.contract import CheckpointRef
+from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.errors import ArgumentError, CheckpointNotFound, StoreUnavailable
 
 # What S3 and its kin, Google's, Azure's and the other filesystems of fsspec call the version of a file.
@@ -62,6 +64,17 @@ def fetch_folder(uri: str, cache_dir: Path) -> Path:
     if not target.is_dir():
         _download(uri, {name: int(entry["size"]) for name, entry in listing.items()}, target)
     return target
+
+
+def digest_folder(folder: Path) -> str:
+    """Digest a local folder by the names and the content of all files below it."""
+    # Links are followed, unlike in a checkpoint: a folder of the hub's cache has nothing else.
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(HASH_WORKERS) as pool:
+        digests = pool.map(hash_file, files)
+    return digest_json(
+        [[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, digests, strict=True)]
+    )
 
 
 def _find_committed(uri: str) -> CheckpointRef | None:
