@@ -32,6 +32,7 @@ from internvl_core.model.flops import ModelShape, build_sample_cost, count_model
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
 from internvl_core.model.known_models import find_config, join_parts
 from internvl_core.model.memory import Parameter, Sharding, StateMemory, estimate_state
+from internvl_core.model.resize import set_tile_size
 from internvl_core.model.trainable import enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
 
@@ -96,19 +97,9 @@ def _find_model(stage: StageJob, previous: InternVLConfig | None, source: str) -
         raise ArgumentError("has nothing to start from. Give model_name_or_path, or vision_path and llm_path.")
     if not isinstance(config, InternVLConfig):
         raise ArgumentError(f"{source} is a {config.model_type} model, not a whole InternVL.")
-    return _fit_tiles(config, values["force_image_size"], values["vision_select_layer"]), source
-
-
-def _fit_tiles(config: InternVLConfig, tile_size: int, select_layer: int) -> InternVLConfig:
-    """Set what a stage's arguments decide about the model, as `build_model` does."""
-    vision = config.vision_config
-    vision.image_size = [tile_size, tile_size]
-    rows, columns = (tile_size // patch for patch in vision.patch_size)
-    config.image_seq_length = int(rows * columns * config.downsample_ratio**2)
-    config.vision_feature_layer = select_layer
-    if not config.image_seq_length:
-        raise ArgumentError(f"force_image_size: {tile_size} px is less than the {vision.patch_size[0]} px of a patch.")
-    return config
+    set_tile_size(config, values["force_image_size"])
+    config.vision_feature_layer = values["vision_select_layer"]
+    return config, source
 
 
 def _plan_stage(job: StageJob, config: InternVLConfig, source: str, gpu_bytes: int | None) -> StageReport:

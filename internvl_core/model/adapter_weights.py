@@ -6,7 +6,7 @@ folder is PEFT's own; only what changes the formula W + scale x B A is refused (
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from internvl_core.contract import CheckpointRef, write_json_atomically
 from internvl_core.errors import ArgumentError
 from internvl_core.model.weights import LazyTensor, Weights, from_state_dict
 
 ADAPTER_FILE = "adapter_config.json"
-BASE_FILE = "base_checkpoint.json"
-"""In an adapter's folder: URI and digest of the checkpoint it was trained over."""
-
-_WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _REFUSED = ("use_dora", "fan_in_fan_out", "lora_bias")
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_FILE).is_file()
-
-
-def write_base(folder: Path, base: CheckpointRef) -> None:
-    """Note in an adapter's folder which checkpoint it belongs to."""
-    write_json_atomically(folder / BASE_FILE, asdict(base))
-
-
-def get_base(folder: Path) -> CheckpointRef:
-    """Get the checkpoint that an adapter was trained over.
-
-    Raises:
-        ArgumentError: the folder does not say.
-    """
-    if not (folder / BASE_FILE).is_file():
-        raise ArgumentError(
-            f"{folder} holds an adapter without {BASE_FILE}, so nobody knows what it was trained over. Merge it into "
-            "its base with PEFT and give the result."
-        )
-    return CheckpointRef(**json.loads((folder / BASE_FILE).read_text(encoding="utf-8")))
 
 
 def merge_adapter_weights(weights: Weights, folder: Path) -> dict[str, LazyTensor]:
@@ -82,22 +59,28 @@ def merge_adapter_weights(weights: Weights, folder: Path) -> dict[str, LazyTenso
     return merged
 
 
+def add_product(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Compute W + scale x B A in float32, in the type of W.
+
+    Args:
+        weight: W [N, M].
+        down: A [r, M].
+        up: B [N, r].
+    """
+    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
+
+
 def _open(folder: Path) -> Weights:
-    file = folder / _WEIGHTS_FILE
+    file = folder / WEIGHTS_FILE
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ArgumentError(f"{file}: cannot be read: {error}. Fetch the adapter again.") from error
-    return from_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
+    return from_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
 
 
 def _add_product(weight: LazyTensor, lora_a: LazyTensor, lora_b: LazyTensor, scale: float) -> LazyTensor:
-    def read() -> Tensor:
-        old = weight.read()
-        delta = lora_b.read().float() @ lora_a.read().float() * scale
-        return (old.float() + delta.view_as(old)).to(old.dtype)
-
-    return replace(weight, read=read)
+    return replace(weight, read=lambda: add_product(weight.read(), lora_a.read(), lora_b.read(), scale))
 
 
 def _get_alpha(config: dict[str, Any], module: str) -> float:

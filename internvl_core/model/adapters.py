@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvl_core.errors import CheckpointCorrupt
+from internvl_core.model.adapter_weights import PREFIX, WEIGHTS_FILE, add_product
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 LEARNT_FILE = "learnt_parameters.safetensors"
 
-_PREFIX = "base_model.model."
 _ADAPTER = "default"
 
 
@@ -47,7 +46,7 @@ def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | No
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         learnt = {get_base_name(name): state[name] for name in learning if not _is_of_adapter(name)}
     else:
-        inside = tuple(f"{_PREFIX}{module}." for module in modules)
+        inside = tuple(f"{PREFIX}{module}." for module in modules)
         tensors |= {name: tensor for name, tensor in state.items() if name.startswith(inside)}
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -98,8 +97,7 @@ def fold_adapters(model: Any, state_dict: Mapping[str, Tensor] | None = None) ->
         if hasattr(module, "lora_A") and _ADAPTER in module.lora_A:
             down, up = (state[f"{name}.{side}.{_ADAPTER}.weight"] for side in ("lora_A", "lora_B"))
             weight = folded[get_base_name(f"{name}.weight")]
-            change = module.scaling[_ADAPTER] * (up.float() @ down.float())
-            folded[get_base_name(f"{name}.weight")] = (weight.float() + change).to(weight.dtype).cpu()
+            folded[get_base_name(f"{name}.weight")] = add_product(weight, down, up, module.scaling[_ADAPTER]).cpu()
     return {name: tensor.cpu() for name, tensor in folded.items()}
 
 
@@ -111,7 +109,7 @@ def find_saved_modules(model: Any) -> list[str] | None:
 
 def get_base_name(name: str) -> str:
     """Turn a parameter's name in memory into its name in the base."""
-    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _collect(module: nn.Module, name: str, modules: list[str]) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     InternVLConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.modeling_utils import set_zero3_state
 
 from internvl_core.errors import ArgumentError
+from internvl_core.model.adapter_weights import add_product
 from internvl_core.model.chat_config import build_text_config, get_llm_family, has_tied_embeddings
 from internvl_core.model.chat_layouts import (
     internlm2_to_llama,
@@ -185,10 +185,8 @@ def _merge(name: str, base: LazyTensor | None, adapter: Mapping[str, LazyTensor]
             f"rank {rank} for this part. Correct use_backbone_lora or use_llm_lora there."
         )
 
-    def read() -> Tensor:
-        return (base.read().float() + 2 * (up.read().float() @ down.read().float())).to(base.dtype)
-
-    return LazyTensor(base.shape, base.dtype, read)
+    # alpha is always twice the rank.
+    return LazyTensor(base.shape, base.dtype, lambda: add_product(base.read(), down.read(), up.read(), 2.0))
 
 
 def _name_embeddings(family: str) -> tuple[str, str]:

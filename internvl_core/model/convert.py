@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from transformers import InternVLConfig
 
+from internvl_core.checkpoint.base_model import get_base
 from internvl_core.checkpoint.target import TargetFolder, check_target, open_target
 from internvl_core.contract import write_json_atomically
 from internvl_core.errors import ArgumentError
-from internvl_core.model.adapter_weights import get_base, is_adapter, merge_adapter_weights
+from internvl_core.model.adapter_weights import is_adapter, merge_adapter_weights
 from internvl_core.model.chat_config import build_chat_config, is_chat_config
 from internvl_core.model.chat_weights import to_chat
 from internvl_core.model.export import ASSUMED_CONV_STYLE, CHAT_TEMPLATE_FILE, find_conv_style, write_companions
@@ -168,7 +169,7 @@ def _open_adapter(folder: Path, cache_dir: Path) -> _Source:
     # Merged before it is rounded, so that the sum is rounded once.
     merged = merge_adapter_weights(_cast(base.weights, torch.float32), folder)
     return _Source(
-        replace(base, weights=merged), "adapter", folder, merged=f"the adapter into {get_base(folder).uri}", base=base
+        replace(base, weights=merged), "adapter", folder, merged=f"the adapter into {get_base(folder).name}", base=base
     )
 
 

@@ -44,12 +44,17 @@ class InternVLForTraining(InternVLForConditionalGeneration):
     def train(self, mode: bool = True) -> "InternVLForTraining":
         """Switch the mode, but keep a vision tower of which nothing learns in evaluation mode.
 
+        Of a tower of which only the last layers learn, those before stay in evaluation mode too.
         Trainer calls `model.train()` at each step; the original left drop path active in a frozen tower (F11).
         """
         super().train(mode)
         vision_tower = self.model.vision_tower
         if not any(parameter.requires_grad for parameter in vision_tower.parameters()):
             vision_tower.eval()
+        for part in (vision_tower.embeddings, *vision_tower.encoder.layer):
+            if any(parameter.requires_grad for parameter in part.parameters()):
+                break
+            part.eval()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InternVLForTraining":
@@ -82,6 +87,7 @@ class InternVLForTraining(InternVLForConditionalGeneration):
         cu_seq_lens: Tensor | None = None,
         max_seq_len: int | None = None,
         num_tiles: int | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the native forward, or with weights only as much of it as the weighted loss needs.
@@ -100,6 +106,7 @@ class InternVLForTraining(InternVLForConditionalGeneration):
             cu_seq_lens: [N+1], int32; where each segment of a pack begins, and T. None if it is no pack.
             max_seq_len: of the longest segment.
             num_tiles: tiles that have placeholders; the rest of K is padding. None means all. With weights only.
+            inputs_embeds: [B, T, D], instead of `input_ids`. Without weights only.
             **kwargs: as in the native class.
 
         Returns:
@@ -118,13 +125,21 @@ class InternVLForTraining(InternVLForConditionalGeneration):
                 raise ArgumentError("input_ids, labels: missing beside loss_weights. Give both.")
             loss = self._compute_weighted_loss(input_ids, pixel_values, labels, loss_weights, num_tiles, kwargs)
             return InternVLCausalLMOutputWithPast(loss=_divide(loss, loss_normalizer))
-        if pixel_values is None and not self.training and is_deepspeed_zero3_enabled() and _is_prompt(kwargs):
-            # Another rank's prompts may hold tiles, and it waits for this one's share of the vision tower.
-            self._project(self._make_dummy_tile())
-        output = super().forward(input_ids=input_ids, pixel_values=pixel_values, labels=labels, **kwargs)
-        if self.training and pixel_values is None and output.loss is not None:
-            output.loss = output.loss + 0.0 * self._project(self._make_dummy_tile()).sum()
-        return output
+        if pixel_values is None and inputs_embeds is None and self._must_keep_step(kwargs):
+            # The order in which a batch with tiles walks the parameters, backward as well: embeddings, tower, the rest.
+            inputs_embeds = self.get_input_embeddings()(input_ids) + 0.0 * self._project(self._make_dummy_tile()).sum()
+            input_ids = None
+        return super().forward(
+            input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, labels=labels, **kwargs
+        )
+
+    def _must_keep_step(self, kwargs: dict[str, Any]) -> bool:
+        """Tell whether another rank may wait for this one's share of the vision tower."""
+        if self.training:
+            return True
+        past = kwargs.get("past_key_values")
+        # Tiles come with the prompt, the first forward of a generation.
+        return is_deepspeed_zero3_enabled() and (past is None or past.get_seq_length() == 0)
 
     def _compute_weighted_loss(
         self,
@@ -210,12 +225,6 @@ def _check_image_tokens(num_image_tokens: int, num_tiles: int, tokens_per_tile: 
             f"{num_tiles * tokens_per_tile}. The texts and the tiles of this batch do not belong together.",
             reason=Reason.SIZE_MISMATCH,
         )
-
-
-def _is_prompt(kwargs: dict[str, Any]) -> bool:
-    """Tell the first forward of a generation from those of one token."""
-    past = kwargs.get("past_key_values")
-    return past is None or past.get_seq_length() == 0
 
 
 def _divide(loss: Tensor, normalizer: Tensor | float | None) -> Tensor:

@@ -29,7 +29,6 @@ from internvl_core.model.tokenizer import load_tokenizer
 
 _CONFIG_FILE = "config.json"
 # In an adapter's folder: the checkpoint that it was trained over, and whose config it has.
-_BASE_FILE = "base_checkpoint.json"
 
 _WHOLE = re.compile(r"OpenGVLab/InternVL(2_5|3)-(\d+)B(-(MPO|Instruct|Pretrained|hf))*")
 _TOWERS = {
@@ -146,12 +145,10 @@ def join_parts(vision: str, llm: str, *, down_sample_ratio: float) -> InternVLCo
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Read a model's config.json; that of its base, if it is an adapter."""
+    """Read a model's config.json; an adapter has that of the model it was trained in."""
     if is_checkpoint_uri(name):
         return _read_remote(name)
     folder = Path(name)
-    if (folder / _BASE_FILE).is_file():
-        return _read_committed(CheckpointRef(**json.loads((folder / _BASE_FILE).read_text(encoding="utf-8"))))
     if folder.is_dir():
         path = folder / _CONFIG_FILE
         if not path.is_file():
@@ -209,11 +206,7 @@ def _read_remote(uri: str) -> dict[str, Any]:
 
 
 def _read_committed(checkpoint: CheckpointRef) -> dict[str, Any]:
-    try:
-        base = read_file(checkpoint, _BASE_FILE)
-    except CheckpointNotFound:
-        return _parse(read_file(checkpoint, _CONFIG_FILE), f"{checkpoint.uri}/{_CONFIG_FILE}")
-    return _read_committed(CheckpointRef(**json.loads(base)))
+    return _parse(read_file(checkpoint, _CONFIG_FILE), f"{checkpoint.uri}/{_CONFIG_FILE}")
 
 
 def _fetch_from_hub(name: str) -> dict[str, Any]:

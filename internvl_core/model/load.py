@@ -14,8 +14,10 @@ from transformers import InternVLConfig, PreTrainedTokenizerBase
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from internvl_core.arguments import DataTrainingArguments, ModelArguments
+from internvl_core.checkpoint.base_model import get_base
 from internvl_core.data.templates import IMAGE_CONTEXT, SPECIAL_TOKENS
 from internvl_core.errors import ArgumentError
+from internvl_core.model.adapter_weights import is_adapter
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
 from internvl_core.model.resize import count_tokens_per_tile, find_vocabulary_size, fit_tiles, resize_rows
 from internvl_core.model.skeleton import build_skeleton, fill
@@ -24,6 +26,7 @@ from internvl_core.model.sources import (
     LM_HEAD,
     PROJECTOR,
     WholeModel,
+    fetch_base,
     find_folder,
     open_llm,
     open_projector,
@@ -112,6 +115,17 @@ def build_model(
     return loaded
 
 
+def fetch_sources(model_arguments: ModelArguments, cache_dir: Path) -> None:
+    """Bring everything that `build_model` will read to this machine; for one rank of each, before the others look."""
+    for argument in ("model_name_or_path", "vision_path", "llm_path", "mlp_path"):
+        path = getattr(model_arguments, argument)
+        if path is None or Path(path).is_file():
+            continue
+        folder = find_folder(path, cache_dir, argument=argument)
+        while is_adapter(folder):
+            folder = fetch_base(get_base(folder), cache_dir, argument=argument)
+
+
 def _build(whole: WholeModel, dtype: torch.dtype, *, source: str) -> LoadedModel:
     model = build_skeleton(whole.config, dtype=dtype)
     fill(model, whole.weights, source=source)
@@ -134,7 +148,7 @@ def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: floa
     tower = open_tower(find_folder(vision_path, cache_dir, argument="vision_path"), cache_dir)
     llm = open_llm(find_folder(llm_path, cache_dir, argument="llm_path"), cache_dir)
     tokenizer = llm.tokenizer
-    num_old_tokens = len(tokenizer)
+    num_known = min(len(tokenizer), llm.weights[EMBEDDINGS].shape[0])
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     config = InternVLConfig(
         vision_config=tower.config,
@@ -147,8 +161,7 @@ def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: floa
     num_rows = find_vocabulary_size(len(tokenizer), llm.weights[EMBEDDINGS].shape[0])
     config.text_config.vocab_size = num_rows
     embeddings = {
-        name: resize_rows(llm.weights[name], num_known=num_old_tokens, num_rows=num_rows)
-        for name in (EMBEDDINGS, LM_HEAD)
+        name: resize_rows(llm.weights[name], num_known=num_known, num_rows=num_rows) for name in (EMBEDDINGS, LM_HEAD)
     }
     projector = InternVLMultiModalProjector(config).state_dict()
     weights = {

@@ -50,27 +50,40 @@ def resize_rows(tensor: LazyTensor, *, num_known: int, num_rows: int) -> LazyTen
 
 
 def fit_tiles(config: InternVLConfig, weights: Weights, tile_size: int) -> Weights:
-    """Resize the vision tower's position embedding, if its tiles are of another size; the config is changed.
+    """Set the size of a tile in the config, and resize the vision tower's position embedding if it is for another.
+
+    Raises:
+        ArgumentError: tiles of this size are no whole number of tokens.
+    """
+    old = config.vision_config.image_size
+    set_tile_size(config, tile_size)
+    if tuple(old) == (tile_size, tile_size):
+        return weights
+    logger.info("Position embedding of the vision tower: from tiles of %d px to %d px", old[0], tile_size)
+    old_grid, new_grid = (
+        (size[0] // config.vision_config.patch_size[0], size[1] // config.vision_config.patch_size[1])
+        for size in (old, (tile_size, tile_size))
+    )
+    return {**weights, POSITIONS: resize_positions(weights[POSITIONS], old_grid=old_grid, new_grid=new_grid)}
+
+
+def set_tile_size(config: InternVLConfig, tile_size: int) -> None:
+    """Set the size of a tile, and how many tokens it becomes.
 
     Raises:
         ArgumentError: tiles of this size are no whole number of tokens.
     """
     vision = config.vision_config
-    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
-    if (height, width) == (tile_size, tile_size):
-        return weights
+    patch_height, patch_width = vision.patch_size
     side = round(1 / config.downsample_ratio)
     if tile_size % (patch_height * side) or tile_size % (patch_width * side):
         raise ArgumentError(
             f"force_image_size: {tile_size} px is no whole number of tokens, which are {side} x {side} patches of "
             f"{patch_height} px. Nearest: {max(1, round(tile_size / patch_height / side)) * patch_height * side}."
         )
-    logger.info("Position embedding of the vision tower: from tiles of %d px to %d px", height, tile_size)
-    old_grid = (height // patch_height, width // patch_width)
-    new_grid = (tile_size // patch_height, tile_size // patch_width)
     vision.image_size = (tile_size, tile_size)
+    # A chat model's may say otherwise: the original interpolates in every forward.
     config.image_seq_length = count_tokens_per_tile(vision, config.downsample_ratio)
-    return {**weights, POSITIONS: resize_positions(weights[POSITIONS], old_grid=old_grid, new_grid=new_grid)}
 
 
 def count_tokens_per_tile(vision_config: Any, down_sample_ratio: float) -> int:

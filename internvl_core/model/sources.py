@@ -21,12 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from internvl_core.checkpoint.folder import fetch_folder
+from internvl_core.checkpoint.base_model import BaseModel, get_base
+from internvl_core.checkpoint.folder import digest_folder, fetch_folder
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
-from internvl_core.data.templates import IMAGE_CONTEXT
-from internvl_core.errors import ArgumentError
+from internvl_core.contract import CheckpointRef
+from internvl_core.data.templates import CHAT_TOKENS, IMAGE_CONTEXT, SPECIAL_TOKENS
+from internvl_core.errors import ArgumentError, CheckpointCorrupt
 from internvl_core.model import chat_weights
-from internvl_core.model.adapter_weights import get_base, is_adapter, merge_adapter_weights
+from internvl_core.model.adapter_weights import is_adapter, merge_adapter_weights
 from internvl_core.model.adapters import LEARNT_FILE
 from internvl_core.model.chat_config import build_native_config, build_text_config, build_vision_config, is_chat_config
 from internvl_core.model.export import ASSUMED_CONV_STYLE, build_generation_config, find_conv_style
@@ -46,6 +48,7 @@ _CONFIG_FILE = "config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 # What the original's tool writes: the entries of its nn.Sequential (reference 2.4, 10.1).
 _PROJECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+_PROJECTOR_FILES = (".safetensors", ".pth", ".pt", ".bin")
 _REMOTE_CODE_LLMS = ("internlm2", "internlm3")
 
 
@@ -90,15 +93,38 @@ def find_folder(path: str, cache_dir: Path, *, argument: str) -> Path:
         return Path(path)
     if Path(path).is_absolute():
         raise ArgumentError(f"{argument}: {path} does not exist. Give a folder in Hugging Face's format, or a hub id.")
-    from huggingface_hub import snapshot_download
+    return _fetch_from_hub(path, argument=argument)
 
-    try:
-        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError(
-            f"{argument}: {path} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
-        ) from error
+
+def fetch_base(base: BaseModel, cache_dir: Path, *, argument: str = "model_name_or_path") -> Path:
+    """Bring what an adapter was trained over to this machine, and verify that it is still the same.
+
+    Raises:
+        ArgumentError: it is no longer there.
+        CheckpointCorrupt: it has changed since.
+    """
+    if base.kind == "checkpoint":
+        return fetch(CheckpointRef(base.name, base.digest), cache_dir)
+    if base.kind == "hub":
+        return _fetch_from_hub(base.name, argument=argument, revision=base.digest)
+    folder = find_folder(base.name, cache_dir, argument=argument)
+    if digest_folder(folder) != base.digest:
+        raise CheckpointCorrupt(
+            f"{base.name} is no longer what the adapter was trained over: its files have another digest than "
+            f"{base.digest[:16]}. Put the model back."
+        )
+    return folder
+
+
+def describe_base(path: str, cache_dir: Path) -> BaseModel:
+    """Describe a model for an adapter that is trained over it: a folder by its content, a hub id by its revision."""
+    folder = find_folder(path, cache_dir, argument="model_name_or_path")
+    if is_checkpoint_uri(path):
+        return BaseModel("folder", path, digest_folder(folder))
+    if Path(path).is_dir():
+        return BaseModel("folder", str(folder.absolute()), digest_folder(folder))
+    # The hub's cache names a snapshot after its commit.
+    return BaseModel("hub", path, folder.name)
 
 
 def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_path") -> WholeModel:
@@ -109,7 +135,7 @@ def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_
     """
     if is_adapter(folder):
         base = open_base(folder, cache_dir, argument=argument)
-        logger.info("Merging the adapter in %s into its base %s", folder, get_base(folder).uri)
+        logger.info("Merging the adapter in %s into its base %s", folder, get_base(folder).name)
         return replace(base, weights=merge_adapter_weights(base.weights, folder))
     raw = read_config(folder, argument=argument)
     tokenizer = load_tokenizer(str(folder))
@@ -119,17 +145,21 @@ def open_whole(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_
         if image_token_id is None or image_token_id == tokenizer.unk_token_id:
             raise ArgumentError(f"{argument}: {folder}: the tokenizer has no {IMAGE_CONTEXT}. Take the model's own.")
         config = build_native_config(raw, image_token_id=image_token_id)
-        weights = chat_weights.to_native(_open_chat(folder, raw), config)
+        weights: Weights = chat_weights.to_native(_open_chat(folder, raw), config)
         # What the original wrote there seldom says where an answer ends.
         style = find_conv_style(config) or ASSUMED_CONV_STYLE
-        return WholeModel(config, weights, tokenizer, build_generation_config(generation_config, tokenizer, style))
+        generation_config = build_generation_config(generation_config, tokenizer, style)
+        _check_rows(weights, tokenizer, folder, argument=argument)
+        return WholeModel(config, weights, tokenizer, generation_config)
     if raw.get("model_type") != InternVLConfig.model_type:
         raise ArgumentError(
             f"{argument}: {folder} holds a {raw.get('model_type')} model, not an InternVL. Give a native "
             "(transformers) or a chat-format (OpenGVLab) InternVL."
         )
     config = _load(argument, InternVLConfig.from_pretrained, str(folder))
-    return WholeModel(config, _with_head(to_module_names(open_weights(folder))), tokenizer, generation_config)
+    weights = _with_head(to_module_names(open_weights(folder)))
+    _check_rows(weights, tokenizer, folder, argument=argument)
+    return WholeModel(config, weights, tokenizer, generation_config)
 
 
 def open_base(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_path") -> WholeModel:
@@ -144,11 +174,12 @@ def open_base(folder: Path, cache_dir: Path, *, argument: str = "model_name_or_p
             f"{argument}: {folder} is a state to resume from: beside the adapter it holds parameters that PEFT has no "
             "place for. Give the final checkpoint of its stage."
         )
-    base = open_whole(fetch(get_base(folder), cache_dir), cache_dir, argument=argument)
+    base = open_whole(fetch_base(get_base(folder), cache_dir, argument=argument), cache_dir, argument=argument)
     if not (folder / _CONFIG_FILE).is_file():
         return base
     trained = _load(argument, InternVLConfig.from_pretrained, str(folder))
     base.config.chat_settings = getattr(trained, "chat_settings", {})
+    base.config.vision_feature_layer = trained.vision_feature_layer
     return replace(base, weights=fit_tiles(base.config, base.weights, trained.vision_config.image_size[0]))
 
 
@@ -203,20 +234,30 @@ def open_projector(path: str, cache_dir: Path) -> Weights:
     Raises:
         ArgumentError: no such file, or no projector in it.
     """
+    if is_checkpoint_uri(path) and path.endswith(_PROJECTOR_FILES):
+        path = str(_fetch_file(path, cache_dir))
     if not Path(path).is_file():
         whole = open_whole(find_folder(path, cache_dir, argument="mlp_path"), cache_dir, argument="mlp_path")
         return _take(whole.weights, PROJECTOR)
     try:
         # weights_only: a pickle from elsewhere must not run code.
         tensors = _read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
-        named = {_name_projector_tensor(name): tensor for name, tensor in tensors.items()}
+        weights = from_state_dict({_name_projector_tensor(name): tensor for name, tensor in tensors.items()})
     except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArgumentError(
             f"mlp_path: {path} cannot be read as the weights of a projector: {reason} Give a whole model, a "
             ".safetensors file, or what extract_mlp wrote."
         ) from error
-    return from_state_dict(named)
+    expected = {f"{PROJECTOR}{part}.{kind}" for part in _PROJECTOR_PARTS.values() for kind in ("weight", "bias")}
+    if weights.keys() != expected:
+        # Half a projector would leave the other half random, or another model's.
+        odd = sorted(weights.keys() ^ expected)
+        raise ArgumentError(
+            f"mlp_path: {path} is no whole projector: {odd[0].removeprefix(PROJECTOR)} is "
+            f"{'missing' if odd[0] in expected else 'no part of one'} ({len(odd)} such tensors)."
+        )
+    return weights
 
 
 def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
@@ -237,6 +278,30 @@ def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArgumentError(f"{argument}: {file} holds a {type(content).__name__}; it should be an object.")
     return content
+
+
+def _check_rows(weights: Weights, tokenizer: PreTrainedTokenizerBase, folder: Path, *, argument: str) -> None:
+    """Refuse a tokenizer with tokens that the embeddings have no row for; only of those that training writes."""
+    vocabulary = tokenizer.get_vocab()
+    last = max((token for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if token in vocabulary), key=vocabulary.__getitem__)
+    num_rows = weights[EMBEDDINGS].shape[0] if EMBEDDINGS in weights else None
+    if num_rows is not None and vocabulary[last] >= num_rows:
+        raise ArgumentError(
+            f"{argument}: {folder}: the tokenizer's {last} is token {vocabulary[last]}, but the embeddings have "
+            f"{num_rows} rows. Take the model's own tokenizer."
+        )
+
+
+def _fetch_from_hub(name: str, *, argument: str, revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            f"{argument}: {name} cannot be loaded: {reason} Give a folder in Hugging Face's format, or a hub id."
+        ) from error
 
 
 def _open_chat(folder: Path, raw: Mapping[str, Any]) -> Weights:
@@ -274,6 +339,12 @@ def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+
+
+def _fetch_file(uri: str, cache_dir: Path) -> Path:
+    """Fetch a file that lies alone in a folder, or beside others: the folder is fetched."""
+    folder, _, name = uri.rpartition("/")
+    return fetch_folder(folder, cache_dir) / name
 
 
 def _name_projector_tensor(name: str) -> str:

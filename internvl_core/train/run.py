@@ -13,8 +13,10 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl_core.arguments import Arguments
+from internvl_core.checkpoint.base_model import BaseModel, write_base
+from internvl_core.checkpoint.folder import find_committed
 from internvl_core.checkpoint.manifest import CheckpointKind
-from internvl_core.checkpoint.store import fetch, is_checkpoint_uri, resolve_checkpoint
+from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.encoding import Encoding
@@ -23,11 +25,12 @@ from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import ArgumentError, Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
-from internvl_core.model.adapter_weights import is_adapter, write_base
+from internvl_core.model.adapter_weights import is_adapter
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.model.liger import apply_liger
-from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
+from internvl_core.model.load import LoadedModel, build_model, fetch_sources, load_checkpoint
+from internvl_core.model.sources import describe_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
 from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
@@ -66,6 +69,7 @@ class StageRun:
         self._stop_request = stop_request
         self._seconds: dict[str, float] = {}
         self._start: CheckpointRef | None = None
+        self._base: BaseModel | None = None
         training = arguments.training
         _settle(arguments)
         training.prepare_for_launch()
@@ -170,6 +174,8 @@ class StageRun:
             self._start = self._find_start()
             if self._start is not None:
                 model_arguments.model_name_or_path = str(fetch(self._start, self._cache_dir))
+            fetch_sources(model_arguments, self._cache_dir)
+        self._base = self._describe_base()
         loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=self._dtype)
         if model_arguments.use_liger:
             apply_liger(loaded.model.model.language_model)
@@ -181,7 +187,17 @@ class StageRun:
         if self._stage is not None and self._stage.start_from is not None:
             return self._stage.start_from
         path = self._arguments.model.model_name_or_path
-        return resolve_checkpoint(path) if path is not None and is_checkpoint_uri(path) else None
+        return find_committed(path) if path is not None and is_checkpoint_uri(path) else None
+
+    def _describe_base(self) -> BaseModel | None:
+        """Describe what adapters will belong to; None if there are none, or if their base is nowhere as it is here."""
+        model = self._arguments.model
+        has_adapters = bool(model.use_llm_lora or model.use_backbone_lora)
+        if not (has_adapters and self._is_rank_zero) or model.model_name_or_path is None or model.mlp_path is not None:
+            return None
+        if self._start is not None:
+            return BaseModel("checkpoint", self._start.uri, self._start.digest)
+        return describe_base(model.model_name_or_path, self._cache_dir)
 
     def _open_ledger(self, dataset: SupervisedDataset, newest: Committed | None) -> SampleLedger:
         ledger = SampleLedger(
@@ -245,7 +261,12 @@ class StageRun:
         assert self._commits is not None
         ledger.save(directory)
         sampler.save(directory, step)
+        self._note_base(directory)
         self._commits.publish(directory, step, CheckpointKind.TRAINING)
+
+    def _note_base(self, directory: Path) -> None:
+        if self._base is not None and is_adapter(directory):
+            write_base(directory, self._base)
 
     def _continue_curve(self, newest: Committed) -> None:
         if self._is_rank_zero:
@@ -253,15 +274,14 @@ class StageRun:
 
     def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> CheckpointRef | None:
         final_dir = self._output_dir / "final" if self._stage else self._output_dir
-        if self._stage is not None and self._start is None:
-            # An adapter is of use only with its base, and that is in no store.
+        if self._arguments.model.model_name_or_path is None or self._arguments.model.mlp_path is not None:
+            # An adapter is of use only with its base, and components, or a projector put into a model, are none.
             trainer.save_merged(str(final_dir))
         else:
             trainer.save_model(str(final_dir))
+        self._note_base(final_dir)
         if self._commits is None or not self._is_rank_zero:
             return None
-        if is_adapter(final_dir) and self._start is not None:
-            write_base(final_dir, self._start)
         return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=counters)
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:

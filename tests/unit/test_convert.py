@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from internvl_core.arguments import ModelArguments
+from internvl_core.checkpoint.base_model import BaseModel, write_base
 from internvl_core.checkpoint.folder import fetch_folder
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
@@ -23,7 +24,6 @@ from internvl_core.contract import CheckpointRef
 from internvl_core.data.conversation import encode_prompt
 from internvl_core.errors import ArgumentError, StoreUnavailable
 from internvl_core.model import convert as convert_module
-from internvl_core.model.adapter_weights import write_base
 from internvl_core.model.adapters import LEARNT_FILE, save_adapter
 from internvl_core.model.convert import convert
 from internvl_core.model.load import load_checkpoint, load_model
@@ -238,7 +238,7 @@ def build_adapter(
             if parameter.requires_grad:
                 parameter += strength * torch.randn(parameter.shape, generator=generator)
     save_adapter(adapted, folder / "adapter")
-    write_base(folder / "adapter", base)
+    write_base(folder / "adapter", BaseModel("checkpoint", base.uri, base.digest))
     return folder / "source", folder / "adapter"
 
 

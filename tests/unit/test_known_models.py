@@ -12,7 +12,6 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError, CheckpointNotFound
-from internvl_core.model.adapter_weights import write_base
 from internvl_core.model.chat_config import build_chat_config
 from internvl_core.model.configs import SIZES_2_5, SIZES_3
 from internvl_core.model.flops import NAMED_SHAPES, ModelShape
@@ -127,14 +126,10 @@ def test_a_local_folder_wins_nothing_from_a_known_name_in_its_path(tmp_path: Pat
     assert (found.hidden_size, found.tie_word_embeddings) == (48, False)
 
 
-def test_a_committed_checkpoint_and_an_adapter_over_it_have_the_same_config(tmp_path: Path) -> None:
+def test_the_config_of_a_committed_checkpoint_is_read_from_its_store(tmp_path: Path) -> None:
     content = find_config("OpenGVLab/InternVL2_5-4B").to_dict()
-    base = publish(tmp_path / "base", write_config(tmp_path / "model", content))
-    adapter_dir = tmp_path / "adapter"
-    adapter_dir.mkdir()
-    write_base(adapter_dir, base)
-    adapter = publish(tmp_path / "adapters", adapter_dir)
-    for name in (base.uri, adapter.uri, str(adapter_dir)):
+    folder = write_config(tmp_path / "model", content)
+    for name in (publish(tmp_path / "store", folder).uri, str(folder)):
         assert ModelShape.from_config(find_config(name)) == NAMED_SHAPES["4b"]
 
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from internvl_core.arguments import DataTrainingArguments, ModelArguments
+from internvl_core.checkpoint.base_model import BaseModel, write_base
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
-from internvl_core.errors import ArgumentError
-from internvl_core.model.adapter_weights import write_base
+from internvl_core.errors import ArgumentError, CheckpointCorrupt
+from internvl_core.model.adapters import save_adapter
 from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
+from internvl_core.model.sources import describe_base
 from internvl_core.model.trainable import list_trainable, set_trainable
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 
@@ -316,12 +318,18 @@ def test_a_projector_comes_from_a_whole_model_or_a_file_of_its_own(
 
 
 def test_a_projector_that_does_not_fit_is_refused(components: Path, tmp_path: Path) -> None:
-    torch.save({"0.weight": torch.zeros(3)}, tmp_path / "small.pth")
-    with pytest.raises(ArgumentError, match=r"layer_norm.weight is \[3\], but the configuration makes it \[64\]"):
-        assemble(components, mlp_path=str(tmp_path / "small.pth"))
-    torch.save({"5.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ArgumentError, match=r"multi_modal_projector.5.weight: no part of the model"):
-        assemble(components, mlp_path=str(tmp_path / "other.pth"))
+    names = [f"{part}.{kind}" for part in (0, 1, 3) for kind in ("weight", "bias")]
+    for case, tensors, message in (
+        ("small", {name: torch.zeros(3) for name in names}, r"is \[3\], but the configuration makes it \["),
+        ("half", {name: torch.zeros(3) for name in names[:-1]}, r"linear_2.bias is missing \(1 such"),
+        ("empty", {}, r"is missing \(6 such"),
+        ("other", {name: torch.zeros(3) for name in [*names, "5.weight"]}, r"5.weight is no part of one"),
+        ("text", dict.fromkeys(names, "text"), r"text.pth cannot be read"),
+    ):
+        torch.save(tensors, tmp_path / f"{case}.pth")
+        with pytest.raises(ArgumentError, match=message) as refusal:
+            assemble(components, mlp_path=str(tmp_path / f"{case}.pth"))
+        check_one_line(refusal)
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ArgumentError, match=r"mlp_path: .*text.pth cannot be read") as refusal:
         assemble(components, mlp_path=str(tmp_path / "text.pth"))
@@ -364,8 +372,9 @@ def train_adapter(loaded: LoadedModel, seed: int) -> PeftModel:
     return adapted
 
 
-def publish(store: StageStore, folder: Path, step: int) -> object:
-    return store.publish(folder, step=step, fence=1, kind=CheckpointKind.FINAL, parent=None, info={})
+def publish(store: StageStore, folder: Path, step: int) -> BaseModel:
+    committed = store.publish(folder, step=step, fence=1, kind=CheckpointKind.FINAL, parent=None, info={})
+    return BaseModel("checkpoint", committed.uri, committed.digest)
 
 
 def test_an_adapter_is_loaded_merged_into_its_base_and_may_be_a_base_itself(checkpoint: Path, tmp_path: Path) -> None:
@@ -384,6 +393,74 @@ def test_an_adapter_is_loaded_merged_into_its_base_and_may_be_a_base_itself(chec
         assert not [name for name in list_trainable(merged.model) if "lora" in name]
         assert len(merged.tokenizer) == len(build(checkpoint).tokenizer)
         base = publish(store, folder, step)
+
+
+def test_an_adapter_is_opened_in_the_model_that_it_was_trained_in(checkpoint: Path, tmp_path: Path) -> None:
+    # Tiles, layer and chat format are the stage's own; an adapter holds no word of them.
+    given = ModelArguments(model_name_or_path=str(checkpoint), vision_select_layer=-2)
+    data = DataTrainingArguments(force_image_size=64, conv_style="internvl2_5", max_dynamic_patch=3)
+    trained = build_model(given, data, cache_dir=tmp_path, dtype=torch.float32)
+    adapted = train_adapter(trained, seed=0).eval()
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = adapted.get_base_model().get_image_features(pixel_values=pixels).pooler_output
+    save_adapter(adapted, tmp_path / "adapter")
+    trained.model.config.save_pretrained(tmp_path / "adapter")
+    write_base(tmp_path / "adapter", describe_base(str(checkpoint), tmp_path))
+    again = load_checkpoint(str(tmp_path / "adapter"), cache_dir=tmp_path)
+    found = again.model.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(found, expected)
+    assert again.tokens_per_tile == trained.tokens_per_tile == 16
+    assert again.model.config.chat_settings == trained.model.config.chat_settings
+
+
+def test_an_adapter_over_a_folder_knows_it_by_its_content(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "base")
+    adapted = train_adapter(build(tmp_path / "base"), seed=0)
+    save_adapter(adapted, tmp_path / "adapter")
+    write_base(tmp_path / "adapter", describe_base(str(tmp_path / "base"), tmp_path))
+    torch.testing.assert_close(compute_logits(build(tmp_path / "adapter").model), compute_logits(adapted))
+    (tmp_path / "base" / "notes.txt").write_text("changed")
+    with pytest.raises(CheckpointCorrupt, match="is no longer what the adapter was trained over") as refusal:
+        build(tmp_path / "adapter")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_state_to_resume_from_is_no_model(checkpoint: Path, tmp_path: Path) -> None:
+    adapted = set_trainable(build(checkpoint).model, ModelArguments(freeze_llm=False, use_llm_lora=2))
+    save_adapter(adapted, tmp_path / "adapter")
+    with pytest.raises(ArgumentError, match="is a state to resume from"):
+        build(tmp_path / "adapter")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = "language_model.model.embed_tokens.weight"
+    num_rows = build(checkpoint).model.config.image_token_id
+    save_file({**weights, name: weights[name][:num_rows].clone()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ArgumentError, match=rf"is token \d+, but the embeddings have {num_rows} rows") as refusal:
+        build(tmp_path / "model")
+    check_one_line(refusal)
+
+
+def test_a_language_model_with_fewer_rows_than_tokens_gets_them(
+    components: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    # As the published native models are: their tokenizer has a token for videos that no row stands for.
+    shutil.copytree(checkpoint, tmp_path / "model")
+    whole = build(checkpoint)
+    num_rows = len(whole.tokenizer)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weights[name] = weights[name][:num_rows].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    whole.tokenizer.add_tokens(["<video>"], special_tokens=True)
+    whole.tokenizer.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"]["vocab_size"] = num_rows
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    loaded = assemble(components, llm_path=str(tmp_path / "model"))
+    assert loaded.model.get_input_embeddings().num_embeddings >= len(loaded.tokenizer)
 
 
 def test_a_saved_adapter_says_nothing_about_this_machine(checkpoint: Path, tmp_path: Path) -> None:
