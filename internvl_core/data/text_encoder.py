@@ -1,6 +1,8 @@
 """Texts to token ids with the `tokenizers` library alone, so that processes start without transformers.
 
-Invariant: equal digests give equal ids, for every text. The digest survives saving and loading the tokenizer.
+Invariant: equal digests give equal ids, for every text. The digest survives saving and loading the tokenizer, and
+saving a model in either format: the native one adds `<video>`, which is plain text here, as it is to the tokenizers
+that models are assembled with.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import Encoding, Tokenizer
 
+from internvl_core.data.records import VIDEO_TAG
 from internvl_core.data.templates import (
     CHAT_TOKENS,
     GROUNDING_TAGS,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 # The library's results are large: more at once leave the processor's cache (measured: 1.5 times the time for 40,000).
 _BATCH_TEXTS = 256
+_ADDED_TOKENS_KEY = '"added_tokens":'
 
 
 class TextEncoder:
@@ -37,7 +41,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Copy a tokenizer of the `tokenizers` library; what the original does later does not touch the copy."""
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer = Tokenizer.from_str(_write_without_video(tokenizer))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -176,6 +180,24 @@ def load_text_encoder(path: str) -> TextEncoder:
     tokenizer = load_tokenizer(path)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     return TextEncoder.from_tokenizer(tokenizer)
+
+
+def _write_without_video(tokenizer: Tokenizer) -> str:
+    """Write a tokenizer as JSON, without the token `<video>`.
+
+    If other tokens were added behind it, it stays, in every tokenizer of that family: the library numbers tokens anew
+    as it reads them, so without it they would lose their ids.
+    """
+    text = tokenizer.to_str()
+    ids = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    if VIDEO_TAG not in ids or (tokenizer.model.token_to_id(VIDEO_TAG) is None and ids[VIDEO_TAG] != max(ids.values())):
+        return text
+    # Only this list is parsed: with the vocabulary of 150,000 it would be 0.8 s more. No string of JSON can hold the
+    # key with its quotes, and nothing before the list has such a key.
+    start = text.index(_ADDED_TOKENS_KEY) + len(_ADDED_TOKENS_KEY)
+    tokens, end = json.JSONDecoder().raw_decode(text, start)
+    kept = [token for token in tokens if token["content"] != VIDEO_TAG]
+    return f"{text[:start]}{json.dumps(kept)}{text[end:]}"
 
 
 def _compile_alternatives(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -62,15 +62,17 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, format: Fo
 def _write_for_old_readers(folder: Path, *, has_slow_class: bool) -> dict[str, Any]:
     """Write the files again as they were written before transformers 5, and those that its class in Python reads.
 
-    Without `<video>`, if the native format added it: the chat format has it as plain text.
+    Without `<video>`, if the native format added it: the chat format has it as plain text. With it if other tokens were
+    added behind it: they would lose their ids.
 
     Returns:
         The added tokens, by id; they were part of the tokenizer's config.
     """
     content = _read_json(folder / _JSON_FILE)
     model = content["model"]
-    if VIDEO_TAG not in model["vocab"]:
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != VIDEO_TAG]
+    last = max(content["added_tokens"], key=lambda token: int(token["id"]), default=None)
+    if last is not None and last["content"] == VIDEO_TAG and VIDEO_TAG not in model["vocab"]:
+        content["added_tokens"].remove(last)
     merges = model.get("merges")
     if merges and not any(" " in piece for pair in merges for piece in pair):
         model["merges"] = [" ".join(pair) for pair in merges]

@@ -11,6 +11,7 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
+from internvl_core.data.text_encoder import load_text_encoder
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.model.load import load_model
 from internvl_core.model.save import save_model
@@ -34,6 +35,8 @@ def test_a_saved_model_loads_with_its_pixel_shuffle(ps_version: str, model_type:
     model = build(ps_version)
     save_model(model, TOKENIZER, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == model_type
+    # An index that was built for the components is the next stage's too.
+    assert load_text_encoder(str(tmp_path / "model")).digest == load_text_encoder(str(TOKENIZER_FOLDER)).digest
     again = load_model(str(tmp_path / "model"))
     tiles = build_tiles(3)
     expected, found = (each.get_image_features(pixel_values=tiles).pooler_output for each in (model, again))

@@ -1,6 +1,8 @@
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_tokenizers import GOLDEN_FOLDER, load_golden, load_golden_with_chat_tokens, train_sentence_piece
@@ -9,11 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from internvl_core.data.records import VIDEO_TAG
 from internvl_core.data.templates import GROUNDING_TAGS, SPECIAL_TOKENS
 from internvl_core.data.text_encoder import TextEncoder, load_text_encoder
 from internvl_core.errors import ArgumentError
+from internvl_core.model.convert import convert
+from internvl_core.model.tokenizer import Format, load_tokenizer, write_tokenizer
 from internvl_core.smoke.components import train_tokenizer
 
+GOLDEN_MODELS = Path(__file__).parents[1] / "data" / "golden"
 GOLDEN = load_golden()
 ENCODER = TextEncoder.from_tokenizer(GOLDEN)
 SENTENCE_PIECE = train_sentence_piece()
@@ -24,6 +30,15 @@ def build_smoke() -> PreTrainedTokenizerBase:
     tokenizer = train_tokenizer(iter(["How many red circles? There are two.\n"] * 20), 300)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     return tokenizer
+
+
+def assert_equal(found: TextEncoder, expected: TextEncoder) -> None:
+    """Check all that an index depends on, and what texts are refused."""
+    texts = ["<video>", "a <video>\nb", "the<video><img>", "<IMG_CONTEXT> red", "圆é"]
+    assert found.encode(texts) == expected.encode(texts)
+    assert (found.digest, found.bos_token_id) == (expected.digest, expected.bos_token_id)
+    assert [found.find_control_token(text) for text in texts] == [expected.find_control_token(text) for text in texts]
+    assert found.find_control_token("a<video>b") is None
 
 
 TEXTS = st.lists(
@@ -101,6 +116,58 @@ def test_the_digest_outlives_saving_and_loading(tmp_path: Path) -> None:
         assert (after.digest, after.bos_token_id) == (before.digest, before.bos_token_id), name
         digests.add(after.digest)
     assert len(digests) == len(tokenizers)
+
+
+@pytest.mark.parametrize("tokenizer", [GOLDEN, SENTENCE_PIECE, build_smoke()], ids=["bytes", "sentence piece", "smoke"])
+@pytest.mark.parametrize("formats", [["native"], ["chat"], ["native", "chat"], ["native", "native"]], ids="-".join)
+def test_saving_a_model_changes_neither_ids_nor_digest(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, formats: list[Format]
+) -> None:
+    before, saved = TextEncoder.from_tokenizer(tokenizer), tokenizer
+    for number, format in enumerate(formats):
+        write_tokenizer(tmp_path / str(number), saved, format)
+        saved = load_tokenizer(str(tmp_path / str(number)))
+    assert (saved.convert_tokens_to_ids("<video>") == len(tokenizer)) == (formats[-1] == "native")
+    assert_equal(load_text_encoder(str(tmp_path / str(len(formats) - 1))), before)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "internlm2"])
+@pytest.mark.parametrize("add_video", [False, True])
+def test_a_converted_model_keeps_the_index_of_its_source(tmp_path: Path, family: str, add_video: bool) -> None:
+    source = shutil.copytree(GOLDEN_MODELS / family, tmp_path / "chat")
+    if add_video:
+        tokenizer = load_tokenizer(str(source))
+        tokenizer.add_tokens([VIDEO_TAG], special_tokens=True)
+        tokenizer.save_pretrained(source)
+    convert(str(source), str(tmp_path / "native"), to="native", merge=False, dtype=None, cache_dir=tmp_path)
+    assert_equal(load_text_encoder(str(tmp_path / "native")), load_text_encoder(str(GOLDEN_MODELS / family)))
+
+
+@pytest.mark.parametrize("is_piece", [False, True], ids=["no piece", "a piece"])
+@pytest.mark.parametrize("model", [models.BPE, models.Unigram], ids=["BPE", "Unigram"])
+def test_the_token_for_videos_is_text(model: Any, is_piece: bool) -> None:
+    pieces = ["<unk>", *dict.fromkeys(VIDEO_TAG), "a", *([VIDEO_TAG] if is_piece else []), "b"]
+    if model is models.BPE:
+        plain = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    else:
+        plain = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    plain.add_special_tokens(['"added_tokens":', "<img>"])
+    withs = Tokenizer.from_str(plain.to_str())
+    withs.add_special_tokens([VIDEO_TAG])
+    assert withs.encode("a<video>").ids == [plain.token_to_id("a"), withs.token_to_id(VIDEO_TAG)]
+    assert_equal(TextEncoder(withs), TextEncoder(plain))
+    assert TextEncoder(withs).get_id("<img>") == withs.token_to_id("<img>")
+    # The original is only read.
+    assert withs.encode("a<video>").ids[-1] == withs.token_to_id(VIDEO_TAG)
+
+
+def test_tokens_behind_the_one_for_videos_keep_their_ids() -> None:
+    tokenizer = load_golden()
+    tokenizer.add_tokens([VIDEO_TAG, "<|later|>"], special_tokens=True)
+    encoder = TextEncoder.from_tokenizer(tokenizer)
+    later = tokenizer.convert_tokens_to_ids("<|later|>")
+    assert later == len(GOLDEN) + 1
+    assert encoder.encode(["<|later|><img>"]) == [[later, GOLDEN.convert_tokens_to_ids("<img>")]]
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,16 @@ def test_both_formats_tokenize_as_the_source_and_lead_back_to_it(tmp_path: Path,
     assert not {"extra_special_tokens", "video_token", "processor_class", "auto_map"} & settings.keys()
 
 
+@pytest.mark.parametrize("build", [load_golden, train_sentence_piece])
+def test_tokens_behind_the_one_for_videos_keep_their_ids_in_both_formats(tmp_path: Path, build: Any) -> None:
+    original: PreTrainedTokenizerBase = build()
+    original.add_tokens(["<video>", "<|later|>"], special_tokens=True)
+    expected = original("<|later|><img>")["input_ids"]
+    for format in ("native", "chat"):
+        write_tokenizer(tmp_path / format, original, format)
+        assert load_tokenizer(str(tmp_path / format))("<|later|><img>")["input_ids"] == expected
+
+
 def test_the_golden_tokenizer_is_found_without_its_tokenizer_json(tmp_path: Path) -> None:
     # Qwen2's published chat folders have vocab.json and merges.txt only.
     for file in GOLDEN_FOLDER.iterdir():
