@@ -124,6 +124,11 @@ def iter_verified(backend: Backend, kind: CheckpointKind | None = None) -> Itera
             yield commit
 
 
+def is_save_uri(uri: str) -> bool:
+    """Tell whether a URI is of the form that saves have, committed or not."""
+    return _DATA_URI.fullmatch(normalize_uri(uri)) is not None
+
+
 def open_checkpoint(uri: str) -> tuple[LocalBackend | RemoteBackend, str]:
     """Open the stage that a checkpoint's URI belongs to.
 
