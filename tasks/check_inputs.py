@@ -7,12 +7,13 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from internvl_core.checkpoint.folder import digest_file, is_weights_file, resolve_folder
 from internvl_core.checkpoint.store import check_store, is_checkpoint_uri, resolve_checkpoint
 from internvl_core.data.meta import load_meta
 from internvl_core.errors import ArgumentError, DataError, InternVLError
 from internvl_core.inspection.hub import is_hub_id
 from tasks.stage import PREVIOUS, Stage
-from tasks.stage_plan import COMPONENTS, METAS
+from tasks.stage_plan import COMPONENTS, METAS, PROJECTOR
 
 
 @task(name="check inputs", cache_policy=NO_CACHE)
@@ -46,7 +47,7 @@ def _iter_checks(
                 yield f"{stage.name}: {name}: ", load_meta, stage.arguments[name]
         for name in COMPONENTS:
             if stage.arguments.get(name):
-                check = resolve_checkpoint if is_checkpoint_uri(stage.arguments[name]) else _check_model
+                check = _check_projector if name == PROJECTOR else _check_model
                 yield f"{stage.name}: {name}: ", check, stage.arguments[name]
         if stage.start_from not in (None, PREVIOUS):
             yield f"{stage.name}: start_from: ", resolve_checkpoint, stage.start_from
@@ -70,5 +71,16 @@ def _check_gate(eval_meta_path: str | None, metric: str) -> None:
 
 
 def _check_model(path: str) -> None:
-    if not Path(path).is_dir() and not is_hub_id(path):
+    if is_checkpoint_uri(path):
+        resolve_folder(path)
+    elif Path(path).is_file():
+        raise ArgumentError(f"{path} is a file. Give the folder of the model; only {PROJECTOR} may be a file.")
+    elif not Path(path).is_dir() and not is_hub_id(path):
         raise ArgumentError(f"{path} is no folder, nor the id of a model on the hub (owner/name). Correct the path.")
+
+
+def _check_projector(path: str) -> None:
+    if is_checkpoint_uri(path) and is_weights_file(path):
+        digest_file(path)
+    elif not Path(path).is_file():
+        _check_model(path)

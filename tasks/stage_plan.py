@@ -11,14 +11,17 @@ from typing import Any
 
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
-from internvl_core.checkpoint.folder import digest_folder
-from internvl_core.checkpoint.store import is_checkpoint_uri, resolve_checkpoint
+from internvl_core.checkpoint.folder import digest_file, digest_folder, digest_model, is_weights_file
+from internvl_core.checkpoint.manifest import hash_file
+from internvl_core.checkpoint.store import is_checkpoint_uri
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
 from internvl_core.errors import ArgumentError
 from tasks.stage import Stage
 
 COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
+PROJECTOR = "mlp_path"
+"""The one component that may be a file."""
 METAS = ("meta_path", "eval_meta_path")
 GRADIENT_ACCUMULATION = "gradient_accumulation_steps"
 SET_BY_PIPELINE = ("attempt_dir", "cache_dir", "output_dir")
@@ -107,7 +110,7 @@ def plan_stage(stage: Stage, start_from: CheckpointRef | None, *, cache_dir: Pat
         "trainer": __version__.split(".")[0],
         "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
         "data": {name: digest_meta(values[name], cache_dir) for name in METAS if values[name]},
-        "components": {name: _digest_component(values[name]) for name in COMPONENTS if values[name]},
+        "components": {name: _digest_component(name, values[name]) for name in COMPONENTS if values[name]},
         "start_from": start_from.digest if start_from else None,
     }
     return StagePlan(stage, values, start_from, digest_json(content))
@@ -123,11 +126,11 @@ def _check_directories(given: Mapping[str, Any]) -> None:
         raise ArgumentError("\n".join(problems))
 
 
-def _digest_component(path: str) -> str:
-    """Digest a local folder or a checkpoint by content; a hub id is its own name."""
+def _digest_component(name: str, path: str) -> str:
+    """Digest a file, a folder or a checkpoint; a hub id is its own name."""
+    is_file = name == PROJECTOR and is_weights_file(path)
     if is_checkpoint_uri(path):
-        return resolve_checkpoint(path).digest
-    folder = Path(path)
-    if not folder.is_dir():
-        return path
-    return digest_folder(folder)
+        return digest_file(path) if is_file else digest_model(path)
+    if Path(path).is_file():
+        return hash_file(Path(path))
+    return digest_folder(Path(path)) if Path(path).is_dir() else path

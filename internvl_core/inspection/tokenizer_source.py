@@ -1,17 +1,20 @@
 """The tokenizer and the patch size of a model that is not loaded: small files of a folder, a hub id or a checkpoint.
 
 What an index is keyed by must be what the trainer will find in the loaded model, or the trainer would
-build another one. Of a checkpoint no weight is fetched.
+build another one. Of a checkpoint or a remote folder no weight is fetched.
 """
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl_core.checkpoint.store import is_checkpoint_uri, read_file, read_manifest, resolve_checkpoint
+from internvl_core.checkpoint.base_model import BASE_FILE, get_base
+from internvl_core.checkpoint.folder import RemoteFolder, resolve_folder
+from internvl_core.checkpoint.store import is_checkpoint_uri, read_file, read_manifest
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.text_encoder import TextEncoder, load_text_encoder
 from internvl_core.errors import ArgumentError
@@ -22,8 +25,6 @@ USUAL_PATCH_PX = 14
 """Of every released InternVL."""
 
 _CONFIG_FILE = "config.json"
-# In an adapter's folder: the checkpoint that it was trained over, whose tokenizer and tower are in use.
-_BASE_FILE = "base_checkpoint.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # Tokenizers of large vocabularies have some 20 MB; what is larger is no part of one.
 _MAX_FILE_BYTES = 256 << 20
@@ -90,27 +91,34 @@ def _fetch_from_hub(name: str) -> Path:
 
 
 def _find_folder(source: str, cache_dir: Path) -> str:
-    """Give the local folder of a source, small files of a checkpoint copied; a hub id is its own."""
-    if is_checkpoint_uri(source):
-        return str(_copy_small_files(resolve_checkpoint(source), cache_dir))
-    base = Path(source) / _BASE_FILE
-    if base.is_file():
-        return str(_copy_small_files(CheckpointRef(**json.loads(base.read_text())), cache_dir))
-    check_model(source)
-    return source
+    """Give the local folder of a source, small files of a remote one copied; a hub id is its own."""
+    found = resolve_folder(source) if is_checkpoint_uri(source) else Path(source)
+    folder = found if isinstance(found, Path) else _copy_small_files(found, cache_dir)
+    while (folder / BASE_FILE).is_file():
+        base = get_base(folder)
+        if base.kind != "checkpoint":
+            return _find_folder(base.name, cache_dir)
+        folder = _copy_small_files(CheckpointRef(base.name, base.digest), cache_dir)
+    if isinstance(found, Path) and folder == found:
+        check_model(str(folder))
+    return str(folder)
 
 
-def _copy_small_files(checkpoint: CheckpointRef, cache_dir: Path) -> Path:
-    files = read_manifest(checkpoint).files
-    if any(entry.path == _BASE_FILE for entry in files):
-        return _copy_small_files(CheckpointRef(**json.loads(read_file(checkpoint, _BASE_FILE))), cache_dir)
+def _copy_small_files(source: CheckpointRef | RemoteFolder, cache_dir: Path) -> Path:
+    """Copy the files that are no weights; none twice."""
+    if isinstance(source, CheckpointRef):
+        sizes_bytes = {entry.path: entry.size_bytes for entry in read_manifest(source).files}
+        read: Callable[[str], bytes] = partial(read_file, source)
+    else:
+        sizes_bytes = {name: int(entry["size"]) for name, entry in source.files.items()}
+        read = source.read
     # By address as well: two saves with equal bytes are two checkpoints.
-    key = hashlib.sha256(f"{checkpoint.uri}\0{checkpoint.digest}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{source.uri}\0{source.digest}".encode()).hexdigest()[:32]
     folder = cache_dir / "tokenizers" / key
-    for entry in files:
-        is_small = entry.size_bytes <= _MAX_FILE_BYTES and not entry.path.endswith(_WEIGHTS)
-        if "/" not in entry.path and is_small and not (folder / entry.path).exists():
-            _write(folder / entry.path, read_file(checkpoint, entry.path))
+    for name, size_bytes in sizes_bytes.items():
+        is_small = size_bytes <= _MAX_FILE_BYTES and not name.endswith(_WEIGHTS)
+        if "/" not in name and is_small and not (folder / name).exists():
+            _write(folder / name, read(name))
     return folder
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from internvl_core.checkpoint.manifest import CheckpointKind
@@ -74,6 +75,49 @@ def test_a_checkpoint_to_start_from_must_be_committed(tmp_path: Path, place: str
     start(store.uri)
     with pytest.raises(CheckpointNotFound, match=r"(start_from|model_name_or_path): .* never committed\. Committed: 7"):
         start(f"{store.uri}/data/000000000009.000001.0badcafe")
+
+
+COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_plain_remote_folder_is_a_model_and_one_without_files_is_none(
+    tmp_path: Path, name: str, s3_bucket_uri: str
+) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{s3_bucket_uri}/team/model/config.json", b"{}")
+    check(tmp_path, build_stage(**{name: f"{s3_bucket_uri}/team/model"}))
+    with pytest.raises(ArgumentError, match=rf"^stage1: {name}: .*/team/typo: there is no such folder, or no file in"):
+        check(tmp_path, build_stage(**{name: f"{s3_bucket_uri}/team/typo"}))
+
+
+def test_a_plain_remote_folder_is_nothing_to_start_from(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe_file("/bucket/model/config.json", b"{}")
+    with pytest.raises(CheckpointNotFound, match="Committed: nothing"):
+        check(tmp_path, build_stage(start_from="memory://bucket/model"))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("prefix", ["", "file://"])
+@pytest.mark.parametrize("file", ["mlp.pth", "mlp.safetensors"])
+def test_only_a_projector_may_be_a_file(tmp_path: Path, name: str, prefix: str, file: str) -> None:
+    (tmp_path / file).write_bytes(b"weights")
+    stage = build_stage(**{name: f"{prefix}{tmp_path / file}"})
+    if name == "mlp_path":
+        check(tmp_path, stage)
+        return
+    with pytest.raises(
+        ArgumentError, match=rf"^stage1: {name}: .*{file}(: no such folder| is a file)\. Give the folder"
+    ):
+        check(tmp_path, stage)
+
+
+def test_a_projector_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for path, message in (
+        (f"{tmp_path}/mlp.pth", "no folder"),
+        (f"file://{tmp_path}/mlp.pth", "no such file"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"^stage1: mlp_path: .*mlp\.pth.*{message}"):
+            check(tmp_path, build_stage(mlp_path=path))
 
 
 def test_a_start_from_the_stage_before_has_nothing_to_be_looked_at(tmp_path: Path) -> None:

@@ -4,12 +4,19 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from internvl_core.checkpoint.folder import fetch_folder
+from internvl_core.checkpoint.folder import (
+    RemoteFolder,
+    digest_file,
+    digest_folder,
+    digest_model,
+    fetch_folder,
+    resolve_folder,
+)
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.checkpoint.target import check_target, open_target
 from internvl_core.contract import CheckpointRef
-from internvl_core.errors import ArgumentError, CheckpointCorrupt, CheckpointNotFound
+from internvl_core.errors import ArgumentError, CheckpointCorrupt, CheckpointNotFound, StoreUnavailable
 
 CONTENT = {"config.json": b"{}", "model.safetensors": b"weights"}
 
@@ -95,6 +102,83 @@ def test_a_save_that_was_never_committed_is_no_checkpoint(tmp_path: Path) -> Non
         record.unlink()
     with pytest.raises(CheckpointNotFound):
         fetch_folder(checkpoint.uri, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_stage_with_nothing_but_uncommitted_saves_is_no_folder_of_a_model(
+    tmp_path: Path, memory_uri: str, is_remote: bool
+) -> None:
+    store_uri = memory_uri if is_remote else f"file://{tmp_path}/store"
+    store, checkpoint = publish(store_uri, tmp_path / "saved")
+    filesystem, root = fsspec.core.url_to_fs(store.uri)
+    filesystem.rm(f"{root}/commits", recursive=True)
+    # As if somebody had put a model there as well.
+    filesystem.pipe_file(f"{root}/config.json", b"{}")
+    for uri in (store.uri, checkpoint.uri):
+        for look in (resolve_folder, digest_model):
+            with pytest.raises(CheckpointNotFound, match=r"never committed\. Committed: nothing"):
+                look(uri)
+
+
+def test_a_committed_checkpoint_counts_by_its_manifest(tmp_path: Path, memory_uri: str) -> None:
+    store, checkpoint = publish(memory_uri, tmp_path / "saved")
+    assert digest_model(store.uri) == digest_model(checkpoint.uri) == checkpoint.digest
+
+
+def test_a_local_folder_counts_by_its_content(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("model", "copy", "other")]
+    for folder, body in zip(folders, (b"weights", b"weights", b"WEIGHTS"), strict=True):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep/a.bin").write_bytes(body)
+    digests = [digest_model(f"file://{folder}") for folder in folders]
+    assert digests == [digest_folder(folder) for folder in folders]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"])
+def test_a_remote_folder_counts_by_its_listing(request: pytest.FixtureRequest, place: str) -> None:
+    uri = request.getfixturevalue("memory_uri" if place == "memory" else "s3_bucket_uri") + "/deep/model"
+    filesystem, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+
+    def digest(content: dict[str, bytes]) -> str:
+        for name, body in content.items():
+            filesystem.pipe_file(f"{root}/{name}", body)
+        return digest_model(uri)
+
+    unread = {"a/b": b"", "a.h5": b""}
+    changes = (CONTENT, {"model.safetensors": b"WEIGHTS"}, {"tokenizer.json": b"{}"}, unread)
+    found = [digest(content) for content in changes]
+    assert len(set(found)) == 3
+    assert found[2] == found[3] == digest_model(uri + "/")
+
+
+def test_a_file_counts_by_its_content_or_by_what_its_store_says(tmp_path: Path, memory_uri: str) -> None:
+    store, checkpoint = publish(str(tmp_path / "store"), tmp_path / "saved")
+    name = "model.safetensors"
+    local = digest_file(f"file://{tmp_path}/saved/{name}")
+    assert local == digest_file(f"{checkpoint.uri}/{name}") == digest_file(f"{store.uri}/{name}")
+    write_remote(memory_uri, CONTENT)
+    remote = digest_file(f"{memory_uri}/{name}")
+    write_remote(memory_uri, {"config.json": b"[]"})
+    assert digest_file(f"{memory_uri}/{name}") == remote
+    write_remote(memory_uri, {name: b"WEIGHTS"})
+    assert digest_file(f"{memory_uri}/{name}") != remote
+    for folder in (memory_uri, checkpoint.uri, f"file://{tmp_path}/saved"):
+        with pytest.raises(ArgumentError, match=r"mlp\.pth: there is no such file"):
+            digest_file(f"{folder}/mlp.pth")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_taken(memory_uri: str) -> None:
+    write_remote(memory_uri, CONTENT)
+    folder = resolve_folder(memory_uri)
+    assert isinstance(folder, RemoteFolder)
+    assert folder.read("config.json") == b"{}"
+    write_remote(memory_uri, {"config.json": b"{  }"})
+    with pytest.raises(StoreUnavailable, match="4 bytes arrived, the store says 2"):
+        folder.read("config.json")
+    fsspec.filesystem("memory").rm(memory_uri.removeprefix("memory:/") + "/config.json")
+    with pytest.raises(StoreUnavailable, match="vanished"):
+        folder.read("config.json")
 
 
 @pytest.mark.parametrize(

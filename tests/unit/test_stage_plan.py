@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,8 +171,37 @@ def test_a_model_that_is_a_checkpoint_counts_by_what_is_committed_there(inputs: 
 
 
 def test_a_model_that_was_never_committed_is_refused(inputs: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFound, match="Committed: nothing"):
-        fingerprint(inputs, start="model", model_name_or_path=f"file://{tmp_path}/store/stage0")
+    uri = f"file://{tmp_path}/store/stage0/data/000000000001.000001.0badcafe"
+    for folder in (uri, f"file://{tmp_path}/store/stage0"):
+        Path(uri.removeprefix("file://")).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(CheckpointNotFound, match="Committed: nothing"):
+            fingerprint(inputs, start="model", model_name_or_path=folder)
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "vision_path", "llm_path", "mlp_path"])
+def test_a_plain_remote_folder_counts_by_what_its_store_says_of_it(inputs: Path, name: str) -> None:
+    def find(content: bytes | None) -> str:
+        if content is not None:
+            fsspec.filesystem("memory").pipe_file(f"/plan/{name}/model.safetensors", content)
+        start = "model" if name == "model_name_or_path" else "components"
+        return fingerprint(inputs, start=start, **{name: f"memory://plan/{name}"})
+
+    first = find(b"weights")
+    assert find(None) == first
+    assert find(b"WEIGHTS") != first
+
+
+@pytest.mark.parametrize(
+    ("prefix", "file"), [("", "mlp.pth"), ("", "mlp.safetensors"), ("", "mlp"), ("file://", "mlp.pth")]
+)
+def test_a_projectors_file_counts_by_its_content(inputs: Path, tmp_path: Path, prefix: str, file: str) -> None:
+    found = []
+    for folder, content in (("a", b"first"), ("b", b"first"), ("a", b"other")):
+        path = tmp_path / folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        found.append(fingerprint(inputs, mlp_path=f"{prefix}{path}"))
+    assert found[0] == found[1] != found[2]
 
 
 def test_data_that_is_missing_is_refused_with_its_path(inputs: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from internvl_core.checkpoint.base_model import BaseModel, write_base
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef
@@ -14,7 +17,6 @@ from internvl_core.data.text_encoder import load_text_encoder
 from internvl_core.errors import ArgumentError, CheckpointNotFound
 from internvl_core.inspection.lint_report import TokenizerSource
 from internvl_core.inspection.tokenizer_source import count_tokens_per_tile, load_encoder
-from internvl_core.model.adapter_weights import write_base
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 
@@ -85,18 +87,51 @@ def test_of_a_checkpoint_no_weight_is_fetched(tmp_path: Path) -> None:
     assert "model.safetensors" not in copied
 
 
-@pytest.mark.parametrize("is_committed", [False, True])
-def test_an_adapter_has_the_tokenizer_and_the_tower_of_its_base(tmp_path: Path, is_committed: bool) -> None:
-    base = commit(tmp_path, write_model(tmp_path / "model", {"vision_config": {"patch_size": 16}}))
+def test_of_a_plain_remote_folder_no_weight_is_fetched_and_no_file_twice(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", {"vision_config": {"patch_size": 16}})
+    uri = f"memory://{uuid.uuid4().hex}/model"
+    filesystem, root = fsspec.core.url_to_fs(uri)
+    filesystem.put(f"{model}/", f"{root}/", recursive=True)
+    for _ in range(2):
+        assert load_encoder(TokenizerSource(uri), tmp_path / "cache").digest == load_text_encoder(str(TOKENIZER)).digest
+        assert count(TokenizerSource(uri), tmp_path / "cache") == 196
+    copied = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sorted(copied) == sorted(path.name for path in Path(model).iterdir() if path.name != "model.safetensors")
+    filesystem.pipe_file(f"{root}/config.json", b'{"vision_config": {"patch_size": 28}}')
+    assert count(TokenizerSource(uri), tmp_path / "cache") == 64
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+@pytest.mark.parametrize("place", ["folder", "store", "bucket"])
+def test_an_adapter_has_the_tokenizer_and_the_tower_of_its_base(tmp_path: Path, kind: str, place: str) -> None:
+    model = write_model(tmp_path / "model", {"vision_config": {"patch_size": 16}})
+    committed = commit(tmp_path, model)
+    base = BaseModel("checkpoint", committed.uri, committed.digest)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    write_base(adapter, base)
-    source = TokenizerSource(commit(tmp_path, str(adapter), name="finetune").uri if is_committed else str(adapter))
-    assert count(source, tmp_path / "cache") == 196
-    assert load_encoder(source, tmp_path / "cache").digest == load_text_encoder(str(TOKENIZER)).digest
+    write_base(adapter, base if kind == "checkpoint" else BaseModel("folder", model, "0" * 64))
+    uri = str(adapter)
+    if place == "store":
+        uri = commit(tmp_path, str(adapter), name="finetune").uri
+    elif place == "bucket":
+        uri = f"memory://{uuid.uuid4().hex}/adapter"
+        filesystem, root = fsspec.core.url_to_fs(uri)
+        filesystem.put(f"{adapter}/", f"{root}/", recursive=True)
+    assert count(TokenizerSource(uri), tmp_path / "cache") == 196
+    assert load_encoder(TokenizerSource(uri), tmp_path / "cache").digest == load_text_encoder(str(TOKENIZER)).digest
 
 
 def test_a_checkpoint_that_was_never_committed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFound):
-        load_encoder(TokenizerSource(f"file://{tmp_path}/store/stage1"), tmp_path / "cache")
+    save = commit(tmp_path, write_model(tmp_path / "model", {"hidden_size": 64}))
+    stage = Path(save.uri.removeprefix("file://")).parents[1]
+    shutil.rmtree(stage / "commits")
+    for uri in (save.uri, f"file://{stage}"):
+        with pytest.raises(CheckpointNotFound):
+            load_encoder(TokenizerSource(uri), tmp_path / "cache")
+
+
+def test_a_uri_with_nothing_behind_it_is_refused(tmp_path: Path) -> None:
+    for uri in (f"file://{tmp_path}/model", "memory://nothing/here"):
+        with pytest.raises(ArgumentError, match="no such folder"):
+            load_encoder(TokenizerSource(uri), tmp_path / "cache")
