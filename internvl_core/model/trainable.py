@@ -42,7 +42,10 @@ def set_trainable(model: InternVLForTraining, arguments: ModelArguments) -> nn.M
     trained = _add_adapters(model, arguments) if arguments.use_llm_lora or arguments.use_backbone_lora else model
     _freeze_unused(model.model.vision_tower, arguments)
     if not count_trainable(trained):
-        raise ArgumentError("freeze_llm, freeze_backbone and freeze_mlp are all True and no LoRA: nothing would learn.")
+        raise ArgumentError(
+            "freeze_llm, freeze_backbone, freeze_mlp, vision_select_layer: nothing would learn. All is frozen or lies "
+            "behind the layer that the projector reads, and there is no LoRA."
+        )
     logger.info("%s of %s parameters learn", f"{count_trainable(trained):,}", f"{count_parameters(trained):,}")
     return trained
 
