@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PretrainedConfig
 
-from internvl_core.checkpoint.backend import open_backend
-from internvl_core.checkpoint.store import is_checkpoint_uri, read_file, resolve_checkpoint
+from internvl_core.checkpoint.folder import resolve_folder
+from internvl_core.checkpoint.store import is_checkpoint_uri, read_file
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.templates import SPECIAL_TOKENS
-from internvl_core.errors import ArgumentError, CheckpointNotFound
+from internvl_core.errors import ArgumentError
 from internvl_core.model.chat_config import (
     build_native_config,
     build_text_config,
@@ -28,7 +28,6 @@ from internvl_core.model.resize import find_vocabulary_size
 from internvl_core.model.tokenizer import load_tokenizer
 
 _CONFIG_FILE = "config.json"
-# In an adapter's folder: the checkpoint that it was trained over, and whose config it has.
 
 _WHOLE = re.compile(r"OpenGVLab/InternVL(2_5|3)-(\d+)B(-(MPO|Instruct|Pretrained|hf))*")
 _TOWERS = {
@@ -194,19 +193,14 @@ def _build_config(content: dict[str, Any], name: str) -> PretrainedConfig:
 
 
 def _read_remote(uri: str) -> dict[str, Any]:
-    try:
-        checkpoint = resolve_checkpoint(uri)
-    except CheckpointNotFound as error:
-        # A folder that somebody put there is as good.
-        try:
-            return _parse(open_backend(uri).read(_CONFIG_FILE), f"{uri}/{_CONFIG_FILE}")
-        except FileNotFoundError:
-            raise error from None
-    return _read_committed(checkpoint)
-
-
-def _read_committed(checkpoint: CheckpointRef) -> dict[str, Any]:
-    return _parse(read_file(checkpoint, _CONFIG_FILE), f"{checkpoint.uri}/{_CONFIG_FILE}")
+    found = resolve_folder(uri)
+    if isinstance(found, Path):
+        return read_config(str(found))
+    if isinstance(found, CheckpointRef):
+        return _parse(read_file(found, _CONFIG_FILE), f"{found.uri}/{_CONFIG_FILE}")
+    if _CONFIG_FILE not in found.files:
+        raise ArgumentError(f"{uri} has no {_CONFIG_FILE}, so it is no model. Give a folder that has one.")
+    return _parse(found.read(_CONFIG_FILE), f"{uri}/{_CONFIG_FILE}")
 
 
 def _fetch_from_hub(name: str) -> dict[str, Any]:

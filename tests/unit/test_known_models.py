@@ -1,9 +1,11 @@
 """Configurations found by name: against the published sizes, and each by every way it can be given."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
@@ -133,12 +135,22 @@ def test_the_config_of_a_committed_checkpoint_is_read_from_its_store(tmp_path: P
         assert ModelShape.from_config(find_config(name)) == NAMED_SHAPES["4b"]
 
 
-def test_a_remote_folder_that_nobody_committed_is_read_too(tmp_path: Path) -> None:
+def test_a_folder_that_nobody_committed_is_read_too_but_no_uncommitted_save(tmp_path: Path) -> None:
     tower = InternVLVisionConfig(hidden_size=48).to_dict()
     folder = write_config(tmp_path / "tower", tower)
-    assert find_config(f"file://{folder}").hidden_size == 48
-    with pytest.raises(CheckpointNotFound):
+    remote = fsspec.filesystem("memory")
+    remote.pipe_file("/known/tower/config.json", (folder / "config.json").read_bytes())
+    remote.pipe_file("/known/weights/model.safetensors", b"")
+    for uri in (f"file://{folder}", "memory://known/tower"):
+        assert find_config(uri).hidden_size == 48
+    with pytest.raises(ArgumentError, match=r"known/weights has no config\.json"):
+        find_config("memory://known/weights")
+    with pytest.raises(ArgumentError, match="no such folder"):
         find_config(f"file://{tmp_path}/nowhere")
+    save = publish(tmp_path / "store", folder)
+    shutil.rmtree(Path(save.uri.removeprefix("file://")).parents[1] / "commits")
+    with pytest.raises(CheckpointNotFound):
+        find_config(save.uri)
 
 
 @pytest.mark.parametrize(
