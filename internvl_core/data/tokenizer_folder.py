@@ -104,8 +104,8 @@ def _convert(folder: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenizerB
     from internvl_core.data.sentence_piece import build_tokenizer
 
     special = {**_read_json(folder / _SPECIAL_TOKENS_FILE), **settings}
-    named = {name: _get_content(special[name]) for name in _NAMED_TOKENS if special.get(name) is not None}
-    extra = [_get_content(token) for token in special.get("additional_special_tokens") or []]
+    named = {name: get_content(special[name]) for name in _NAMED_TOKENS if special.get(name) is not None}
+    extra = [get_content(token) for token in special.get("additional_special_tokens") or []]
     backend = build_tokenizer(
         folder / _SENTENCE_PIECE_FILE, _read_added_tokens(folder, settings, {*named.values(), *extra})
     )
@@ -134,5 +134,6 @@ def _read_added_tokens(folder: Path, settings: Mapping[str, Any], special: set[s
     }
 
 
-def _get_content(token: Any) -> str:
+def get_content(token: Any) -> str:
+    """Get the text of a token, which is written down alone or with its settings."""
     return str(token["content"] if isinstance(token, dict) else token)

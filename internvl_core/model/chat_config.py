@@ -156,7 +156,7 @@ def _write_top(native: InternVLConfig) -> dict[str, Any]:
         },
         "model_type": CHAT_MODEL_TYPE,
         "downsample_ratio": native.downsample_ratio,
-        "force_image_size": _compute_tile_px(native),
+        "force_image_size": compute_tile_px(native),
         "hidden_size": native.text_config.hidden_size,
         "ps_version": getattr(native, "ps_version", "v2"),
         "select_layer": native.vision_feature_layer,
@@ -184,7 +184,8 @@ def _list_chat_settings(chat: Mapping[str, Any], config: InternVLConfig, is_tied
     }
 
 
-def _compute_tile_px(native: InternVLConfig) -> int:
+def compute_tile_px(native: InternVLConfig) -> int:
+    """Compute the side of a tile from the tokens that it becomes; a chat model's may differ from its tower's."""
     patches = math.isqrt(round(native.image_seq_length / native.downsample_ratio**2))
     return int(patches * native.vision_config.patch_size[0])
 

@@ -31,7 +31,7 @@ from internvl_core.model.chat_layouts import (
     native_to_internvit,
 )
 from internvl_core.model.chat_parts import get_family
-from internvl_core.model.weights import LazyTensor, Weights, from_state_dict
+from internvl_core.model.weights import LazyTensor, Weights, from_state_dict, swap_prefix
 
 _PARTS = {
     "vision_model.": "model.vision_tower.",
@@ -66,8 +66,8 @@ def to_native(chat: Weights, config: InternVLConfig) -> dict[str, LazyTensor]:
     text = _take("language_model.", chat)
     if get_llm_family(config) == "internlm2":
         text = internlm2_to_llama(text, config.text_config)
-    native |= {_swap(f"language_model.{name}", _PARTS): tensor for name, tensor in text.items()}
-    native |= {_swap(name, _PARTS): tensor for name, tensor in chat.items() if name.startswith("mlp1.")}
+    native |= {swap_prefix(f"language_model.{name}", _PARTS): tensor for name, tensor in text.items()}
+    native |= {swap_prefix(name, _PARTS): tensor for name, tensor in chat.items() if name.startswith("mlp1.")}
     return native
 
 
@@ -126,7 +126,7 @@ def llm_to_native(llm: Weights, llm_config: Mapping[str, Any]) -> dict[str, Lazy
         llm = internlm2_to_llama(llm, config)
     else:
         _check(llm, expected)
-    return {_swap(f"language_model.{name}", _PARTS): tensor for name, tensor in llm.items()}
+    return {swap_prefix(f"language_model.{name}", _PARTS): tensor for name, tensor in llm.items()}
 
 
 def merge_chat_adapters(chat: Weights, *, backbone_rank: int, llm_rank: int) -> dict[str, LazyTensor]:
@@ -167,7 +167,7 @@ def merge_chat_adapters(chat: Weights, *, backbone_rank: int, llm_rank: int) -> 
 def _to_chat(weights: Weights, config: InternVLConfig) -> dict[str, LazyTensor]:
     chat = _prefix("vision_model.", native_to_internvit(_take("model.vision_tower.", weights)))
     inverse = {native: ours for ours, native in _PARTS.items() if native != "model.vision_tower."}
-    rest = {_swap(name, inverse): tensor for name, tensor in weights.items()}
+    rest = {swap_prefix(name, inverse): tensor for name, tensor in weights.items()}
     text = _take("language_model.", rest)
     if get_llm_family(config) == "internlm2":
         text = llama_to_internlm2(text, config.text_config)
@@ -239,11 +239,3 @@ def _take(prefix: str, weights: Weights) -> dict[str, LazyTensor]:
 
 def _prefix(prefix: str, weights: Weights) -> dict[str, LazyTensor]:
     return {prefix + name: tensor for name, tensor in weights.items()}
-
-
-def _swap(name: str, prefixes: Mapping[str, str]) -> str:
-    """Exchange the beginning of a name."""
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name

@@ -28,7 +28,14 @@ from internvl_core.model.export import ASSUMED_CONV_STYLE, CHAT_TEMPLATE_FILE, f
 from internvl_core.model.merge_check import MergeDifference, check_merge
 from internvl_core.model.sources import WholeModel, find_folder, open_base, open_whole, read_config
 from internvl_core.model.tokenizer import Format
-from internvl_core.model.weights import LazyTensor, Weights, open_weights, to_published_names, write_weights
+from internvl_core.model.weights import (
+    LazyTensor,
+    Weights,
+    cast_tensor,
+    open_weights,
+    to_published_names,
+    write_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +195,8 @@ def _cast(weights: Weights, dtype: torch.dtype | None, *, like: WholeModel | Non
     """Cast what is a floating point number: to one type, else to that of the same tensor in another model."""
     cast = {}
     for name, tensor in weights.items():
-        goal = dtype or (like.weights[name].dtype if like is not None else tensor.dtype)
-        if goal != tensor.dtype and tensor.dtype.is_floating_point:
-            tensor = _cast_tensor(tensor, goal)
-        cast[name] = tensor
+        cast[name] = cast_tensor(tensor, dtype or (like.weights[name].dtype if like is not None else None))
     return cast
-
-
-def _cast_tensor(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))
 
 
 def _find_main_dtype(weights: Weights) -> torch.dtype:

@@ -6,7 +6,6 @@ Invariant: what the chat template renders is what training renders for the same 
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from internvl_core.data.media import NORMALIZATIONS
 from internvl_core.data.records import IMAGE_TAG, VIDEO_TAG, Role
 from internvl_core.data.templates import CONV_STYLES, IMAGE_CONTEXT, ConvTemplate, get_template
 from internvl_core.data.text_encoder import TextEncoder
+from internvl_core.model.chat_config import compute_tile_px
 from internvl_core.model.tokenizer import TOKENIZER_CONFIG_FILE, Format, write_tokenizer
 
 ASSUMED_CONV_STYLE = "internvl2_5"
@@ -124,12 +124,6 @@ def build_chat_template(conv_style: str, *, image: str, opens_with_bos: bool) ->
         f"{{% if add_generation_prompt %}}{{{{ {_quote(template.prompt_header)} }}}}{{% endif %}}",
     ]
     return "".join(pieces)
-
-
-def compute_tile_px(config: InternVLConfig) -> int:
-    """Compute the side of a tile from the tokens that it becomes; a chat model's may differ from its tower's."""
-    patches = math.isqrt(round(config.image_seq_length / config.downsample_ratio**2))
-    return int(patches * config.vision_config.patch_size[0])
 
 
 def _write_chat_template(folder: Path, chat_template: str, format: Format) -> None:

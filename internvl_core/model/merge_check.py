@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_core.errors import ArgumentError
-from internvl_core.model.export import compute_tile_px
+from internvl_core.model.chat_config import compute_tile_px
 from internvl_core.model.skeleton import build_skeleton, fill
 from internvl_core.model.sources import WholeModel
 from internvl_core.model.weights import Weights

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl_core.contract import write_json_atomically
 from internvl_core.data.records import VIDEO_TAG
 from internvl_core.data.templates import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-from internvl_core.data.tokenizer_folder import load_tokenizer
+from internvl_core.data.tokenizer_folder import get_content, load_tokenizer
 
 __all__ = ["TOKENIZER_CONFIG_FILE", "Format", "load_tokenizer", "write_tokenizer"]
 
@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, format: Fo
     settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
     extra = settings.pop("extra_special_tokens", None) or []
     if isinstance(extra, list):
-        settings["additional_special_tokens"] = [_get_content(token) for token in extra]
+        settings["additional_special_tokens"] = [get_content(token) for token in extra]
     if settings.get("tokenizer_class") == _NEW_CLASS:
         settings["tokenizer_class"] = _KNOWN_CLASS
     for name in (*_PROCESSOR_TOKENS, *_NOT_KEPT):
@@ -93,7 +93,3 @@ def _write_text(file: Path, text: str) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
-
-
-def _get_content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)

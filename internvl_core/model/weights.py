@@ -77,15 +77,13 @@ def from_state_dict(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     }
 
 
-def open_weights(folder: Path, *, prefix: str | None = None) -> dict[str, LazyTensor]:
+def open_weights(folder: Path) -> dict[str, LazyTensor]:
     """Open the weights of a model's folder, of one file or of several with an index.
 
     Only headers are read. safetensors files go before pickled ones, of which plain tensors alone are accepted.
 
     Args:
         folder: local.
-        prefix: open only the tensors whose names begin with it, and take it off. Files without any of them
-            are not touched, so they may be missing.
 
     Returns:
         Tensors in the order of their names.
@@ -99,11 +97,10 @@ def open_weights(folder: Path, *, prefix: str | None = None) -> dict[str, LazyTe
         if (folder / file_name).is_file():
             weights = _open_file(folder / file_name)
         elif index.is_file():
-            weights = _open_shards(index, prefix or "")
+            weights = _open_shards(index)
         else:
             continue
-        start = prefix or ""
-        return {name[len(start) :]: weights[name] for name in sorted(weights) if name.startswith(start)}
+        return {name: weights[name] for name in sorted(weights)}
     raise ArgumentError(
         f"{folder} holds no weights: neither {SAFETENSORS} nor {PICKLE}, nor an index of either. "
         "Give a folder in Hugging Face's format."
@@ -112,13 +109,13 @@ def open_weights(folder: Path, *, prefix: str | None = None) -> dict[str, LazyTe
 
 def to_module_names(weights: Weights) -> dict[str, LazyTensor]:
     """Rename from a native file, whose names may have the module's prefix already."""
-    return {_swap_prefix(name, _PUBLISHED_PREFIXES): tensor for name, tensor in weights.items()}
+    return {swap_prefix(name, _PUBLISHED_PREFIXES): tensor for name, tensor in weights.items()}
 
 
 def to_published_names(weights: Weights) -> dict[str, LazyTensor]:
     """Rename for a native file; the inverse of `to_module_names`."""
     inverse = {module: published for published, module in _PUBLISHED_PREFIXES.items()}
-    return {_swap_prefix(name, inverse): tensor for name, tensor in weights.items()}
+    return {swap_prefix(name, inverse): tensor for name, tensor in weights.items()}
 
 
 def write_weights(
@@ -145,7 +142,7 @@ def write_weights(
         DiskFull: there is no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _plan_shards({name: _cast(tensor, dtype) for name, tensor in weights.items()}, max_shard_bytes)
+    shards = _plan_shards({name: cast_tensor(tensor, dtype) for name, tensor in weights.items()}, max_shard_bytes)
     names = [
         SAFETENSORS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
@@ -167,27 +164,26 @@ def write_weights(
     return names
 
 
-def _open_shards(index: Path, prefix: str) -> dict[str, LazyTensor]:
+def _open_shards(index: Path) -> dict[str, LazyTensor]:
     try:
         places = {name: str(file_name) for name, file_name in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"{index} is no index of weights: {_tell(error)}. Fetch it again.") from error
     weights: dict[str, LazyTensor] = {}
-    wanted = {name: file_name for name, file_name in places.items() if name.startswith(prefix)}
-    for file_name in sorted(set(wanted.values())):
+    for file_name in sorted(set(places.values())):
         if Path(file_name).name != file_name:
             raise ArgumentError(f"{index} leads out of its folder: {file_name!r}. Fetch it again.")
         path = index.parent / file_name
         if not path.is_file():
             raise ArgumentError(f"{path} is missing, but {index.name} names it. Fetch it again.")
         shard = _open_file(path)
-        missing = [name for name, place in wanted.items() if place == file_name and name not in shard]
+        missing = [name for name, place in places.items() if place == file_name and name not in shard]
         if missing:
             raise ArgumentError(
                 f"{path} has no tensor {missing[0]} ({len(missing)} missing), but {index.name} says so. "
                 "Fetch both again."
             )
-        weights |= {name: shard[name] for name, place in wanted.items() if place == file_name}
+        weights |= {name: shard[name] for name, place in places.items() if place == file_name}
     return weights
 
 
@@ -239,14 +235,16 @@ def _read_part(path: Path, start: int, num_bytes: int, dtype: torch.dtype, shape
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
-def _swap_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+def swap_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """Exchange the beginning of a name for what the first of the prefixes that fits says."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name[len(old) :]
     return name
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+def cast_tensor(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    """Cast what is a floating point number, when it is read; None leaves the type."""
     if dtype is None or dtype == tensor.dtype or not tensor.dtype.is_floating_point:
         return tensor
     return LazyTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))

@@ -48,9 +48,9 @@ def read_all(weights: dict[str, LazyTensor]) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in weights.items()}
 
 
-def check_refused(folder: Path, *parts: str, prefix: str | None = None) -> None:
+def check_refused(folder: Path, *parts: str) -> None:
     with pytest.raises(ArgumentError) as refusal:
-        open_weights(folder, prefix=prefix)
+        open_weights(folder)
     message = str(refusal.value)
     assert "\n" not in message
     for part in parts:
@@ -148,16 +148,6 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("/dev/full")
     with pytest.raises(DiskFull, match="no room for the weights"):
         write_weights(from_state_dict({"a": torch.zeros(1 << 20)}), tmp_path)
-
-
-def test_a_prefix_takes_a_part_and_needs_only_its_files(shards: Path) -> None:
-    places = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
-    (shards / places["c.view"]).unlink()
-    assert places["c.view"] not in (places["a.tensor"], places["a.scalar"])
-    check_equal(
-        read_all(open_weights(shards, prefix="a.")),
-        {name[2:]: tensor for name, tensor in make_state().items() if name.startswith("a.")},
-    )
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
