@@ -28,6 +28,7 @@ from internvl_core.model.sources import (
     WholeModel,
     fetch_base,
     find_folder,
+    find_projector,
     open_llm,
     open_projector,
     open_tower,
@@ -119,9 +120,10 @@ def fetch_sources(model_arguments: ModelArguments, cache_dir: Path) -> None:
     """Bring everything that `build_model` will read to this machine; for one rank of each, before the others look."""
     for argument in ("model_name_or_path", "vision_path", "llm_path", "mlp_path"):
         path = getattr(model_arguments, argument)
-        if path is None or Path(path).is_file():
+        if path is None:
             continue
-        folder = find_folder(path, cache_dir, argument=argument)
+        is_projector = argument == "mlp_path"
+        folder = find_projector(path, cache_dir) if is_projector else find_folder(path, cache_dir, argument=argument)
         while is_adapter(folder):
             folder = fetch_base(get_base(folder), cache_dir, argument=argument)
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from internvl_core.checkpoint.base_model import BaseModel, get_base
-from internvl_core.checkpoint.folder import digest_folder, fetch_folder
+from internvl_core.checkpoint.folder import digest_folder, fetch_folder, is_weights_file
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.templates import CHAT_TOKENS, IMAGE_CONTEXT, SPECIAL_TOKENS
@@ -48,7 +48,6 @@ _CONFIG_FILE = "config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 # What the original's tool writes: the entries of its nn.Sequential (reference 2.4, 10.1).
 _PROJECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
-_PROJECTOR_FILES = (".safetensors", ".pth", ".pt", ".bin")
 _REMOTE_CODE_LLMS = ("internlm2", "internlm3")
 
 
@@ -228,20 +227,29 @@ def open_llm(folder: Path, cache_dir: Path) -> LanguageModel:
     return LanguageModel(config, _with_head(weights), tokenizer, _find_generation_config(folder))
 
 
+def find_projector(path: str, cache_dir: Path) -> Path:
+    """Find the local folder or file of a projector; of a remote file its folder is fetched."""
+    if Path(path).is_file():
+        return Path(path)
+    if is_checkpoint_uri(path) and is_weights_file(path):
+        folder, _, name = path.rpartition("/")
+        return fetch_folder(folder, cache_dir) / name
+    return find_folder(path, cache_dir, argument="mlp_path")
+
+
 def open_projector(path: str, cache_dir: Path) -> Weights:
     """Open a projector alone: a whole model, a .safetensors file, or the .pth file of the original's tool.
 
     Raises:
         ArgumentError: no such file, or no projector in it.
     """
-    if is_checkpoint_uri(path) and path.endswith(_PROJECTOR_FILES):
-        path = str(_fetch_file(path, cache_dir))
-    if not Path(path).is_file():
-        whole = open_whole(find_folder(path, cache_dir, argument="mlp_path"), cache_dir, argument="mlp_path")
+    file = find_projector(path, cache_dir)
+    if file.is_dir():
+        whole = open_whole(file, cache_dir, argument="mlp_path")
         return _take(whole.weights, PROJECTOR)
     try:
         # weights_only: a pickle from elsewhere must not run code.
-        tensors = _read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+        tensors = _read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
         weights = from_state_dict({_name_projector_tensor(name): tensor for name, tensor in tensors.items()})
     except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -331,7 +339,7 @@ def _take(weights: Weights, prefix: str) -> dict[str, LazyTensor]:
     return {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -339,12 +347,6 @@ def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-
-
-def _fetch_file(uri: str, cache_dir: Path) -> Path:
-    """Fetch a file that lies alone in a folder, or beside others: the folder is fetched."""
-    folder, _, name = uri.rpartition("/")
-    return fetch_folder(folder, cache_dir) / name
 
 
 def _name_projector_tensor(name: str) -> str:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from peft import PeftModel
@@ -312,7 +313,15 @@ def test_a_projector_comes_from_a_whole_model_or_a_file_of_its_own(
     save_file(
         {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}, tmp_path / "p.safetensors"
     )
-    for path in (checkpoint, tmp_path / "mlp_projector.pth", tmp_path / "p.safetensors"):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path / "p.safetensors"), "/projectors/p.safetensors")
+    places = (
+        checkpoint,
+        tmp_path / "mlp_projector.pth",
+        tmp_path / "p.safetensors",
+        "memory://projectors/p.safetensors",
+    )
+    for path in places:
         found = assemble(components, mlp_path=str(path)).model.model.multi_modal_projector.state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in projector.items())
 
