@@ -203,11 +203,9 @@ def _download(source: RemoteFolder, target: Path) -> None:
     with translated(f"Preparing {target.parent}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
-    parent, _, folder = source.uri.rpartition("/")
     try:
         try:
-            # Opened one level up, where the backend can name the folder that it copies.
-            RemoteBackend(parent).download(folder, sorted(source.files), temporary)
+            RemoteBackend(source.uri).download("", sorted(source.files), temporary)
         except FileNotFoundError as error:
             raise StoreUnavailable(f"{source.uri}: a file vanished while it was downloaded: {error}.") from error
         for name, entry in source.files.items():

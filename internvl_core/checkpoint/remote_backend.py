@@ -77,10 +77,15 @@ class RemoteBackend:
             self._run_for_each(upload_file, paths)
 
     def download(self, folder: str, paths: Sequence[str], directory: Path) -> None:
-        """Copy files of a folder into a local directory; FileNotFoundError where one is missing."""
+        """Copy files of a folder, "" for the backend's own, into a local directory.
+
+        Raises:
+            FileNotFoundError: one is missing.
+        """
 
         def download_file(path: str) -> None:
-            self._fs.get_file(self._path(f"{folder}/{path}"), str(directory / path), **self._download_options)
+            source = self._path(f"{folder}/{path}" if folder else path)
+            self._fs.get_file(source, str(directory / path), **self._download_options)
 
         with translated(f"Downloading {self.uri}/{folder} to {directory}", answers=(FileNotFoundError,)):
             for path in paths:
