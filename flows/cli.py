@@ -137,7 +137,10 @@ def main() -> None:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     except typer.TyperException as error:
-        typer.echo(f"internvl: {str(error).rstrip('.')}. See internvl --help.", err=True)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "internvl"
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        typer.echo(f"{command}: {message.rstrip('.')}. See {command} --help.", err=True)
         sys.exit(ArgumentError.exit_code)
     if exit_code == INTERRUPTED:
         typer.echo("Stopped.", err=True)

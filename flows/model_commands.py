@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from internvl_core.errors import ArgumentError
+
 DEFAULT_CACHE_DIR = Path("~/.cache/internvl")
 
 _GB_BYTES = 1e9
@@ -25,6 +27,8 @@ def convert(
     from internvl_core.checkpoint.target import check_target
     from tasks.data_tool import run_data_tool
 
+    if target.startswith("memory:"):
+        raise ArgumentError(f"DST: {target}: ends with the process that writes it. Give a folder or a store's URI.")
     job = {
         # Before a process is started for it; the tool asks again.
         "target": check_target(target),

@@ -73,7 +73,7 @@ class RemoteBackend:
         def upload_file(path: str) -> None:
             self._fs.put_file(str((directory / path).resolve()), self._path(f"{folder}/{path}"), **self._upload_options)
 
-        with translated(f"Uploading {directory} to {self.uri}/{folder}"):
+        with translated(f"Uploading {paths[0] if len(paths) == 1 else directory} to {self.uri}/{folder}"):
             self._run_for_each(upload_file, paths)
 
     def download(self, folder: str, paths: Sequence[str], directory: Path) -> None:

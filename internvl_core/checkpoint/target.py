@@ -3,6 +3,7 @@
 Invariant: nobody's files are touched. A target that has any is refused, so what is found in it later was written here.
 """
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -91,6 +92,11 @@ def check_target(uri: str) -> str:
         if "/" not in uri.partition("://")[2]:
             raise ArgumentError(f"{uri}: is a whole bucket. Give a new folder in it.")
         is_empty = not backend.list_names("")
+        if is_empty:
+            # A bucket that is not there, or closed, looks just as empty.
+            probe = f".probe-{secrets.token_hex(4)}"
+            backend.create(probe, b"")
+            backend.remove(probe)
     if not is_empty:
         raise ArgumentError(f"{uri.removeprefix(FILE_PREFIX)}: is not empty. Give a new folder, or empty it first.")
     return uri

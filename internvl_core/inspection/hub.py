@@ -31,7 +31,7 @@ def check_model(name: str) -> None:
             f"{name}: no such folder. Give a folder in Hugging Face's format, or a hub id (owner/name)."
         )
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     # That of httpx or of httpx2, as the hub's version has it.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # isort: skip
@@ -43,7 +43,12 @@ def check_model(name: str) -> None:
     except EntryNotFoundError:
         return
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
+            raise ArgumentError(
+                f"{name}: no such folder, nor does the hub give such a model: {reason}. Correct the path."
+            ) from None
         raise ArgumentError(
-            f"{name}: no such folder. It was looked for on the hub as well: {reason.rstrip('.')}. Correct the path."
+            f"{name}: no such folder, and the hub, which may have such a model, cannot be reached: {reason}. Correct "
+            "the path, or try again with a network."
         ) from None

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import InternVLConfig
 
 from internvl_core.arguments import ModelArguments
+from internvl_core.checkpoint.store import is_checkpoint_uri
 from internvl_core.errors import ArgumentError
+from internvl_core.inspection.hub import check_model
 from internvl_core.inspection.plan_report import (
     PARTS,
     BatchReport,
@@ -30,7 +32,8 @@ from internvl_core.inspection.plan_report import (
 from internvl_core.model.activations import Activations, Caps, rehearse
 from internvl_core.model.flops import ModelShape, build_sample_cost, count_model_flops, find_learning_parts
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
-from internvl_core.model.known_models import find_config, join_parts
+from internvl_core.model.known_models import find_config, find_known, join_parts
+from internvl_core.model.load import check_settings
 from internvl_core.model.memory import Parameter, Sharding, StateMemory, estimate_state
 from internvl_core.model.resize import set_tile_size
 from internvl_core.model.trainable import enable_checkpointing, set_trainable
@@ -87,16 +90,27 @@ class _Stage:
 def _find_model(stage: StageJob, previous: InternVLConfig | None, source: str) -> tuple[InternVLConfig, str]:
     values = stage.values
     path = stage.start_from or values["model_name_or_path"]
+    is_joined = not path and bool(values["vision_path"] and values["llm_path"])
     config: Any = previous
+    for name in (path, *((values["vision_path"], values["llm_path"]) if is_joined else ())):
+        if name and not is_checkpoint_uri(name) and find_known(name) is None:
+            # The hub's own library would ask an unreachable hub again and again.
+            check_model(name)
     if path:
         config, source = find_config(path), path
-    elif values["vision_path"] and values["llm_path"]:
+    elif is_joined:
         config = join_parts(values["vision_path"], values["llm_path"], down_sample_ratio=values["down_sample_ratio"])
         source = f"{values['vision_path']} + {values['llm_path']}"
     if config is None:
         raise ArgumentError("has nothing to start from. Give model_name_or_path, or vision_path and llm_path.")
     if not isinstance(config, InternVLConfig):
         raise ArgumentError(f"{source} is a {config.model_type} model, not a whole InternVL.")
+    if is_joined:
+        config.ps_version = values["ps_version"]
+    else:
+        check_settings(
+            config, down_sample_ratio=values["down_sample_ratio"], ps_version=values["ps_version"], source=source
+        )
     set_tile_size(config, values["force_image_size"])
     config.vision_feature_layer = values["vision_select_layer"]
     return config, source
@@ -257,6 +271,14 @@ def _find_levers(stage: _Stage) -> list[Lever]:
     halves = {name: value // 2 for name, value in asdict(stage.activations).items()}
     half = replace(stage, activations=Activations(**halves))
     levers.append(Lever(f"{also}{_name_half(stage)}", half.estimate()[1]))
+    batch = values["per_device_train_batch_size"]
+    if batch > 2:
+        least = replace(
+            stage,
+            activations=Activations(**{name: value // batch for name, value in asdict(stage.activations).items()}),
+        )
+        text = f"per_device_train_batch_size: 1 with {batch} times the gradient_accumulation_steps"
+        levers.append(Lever(f"{also}{text}", least.estimate()[1]))
     if not now.offloads_weights:
         offload = f"{also}deepspeed: zero3_offload"
         levers.append(Lever(offload, stage.estimate(deepspeed="zero3_offload")[1]))

@@ -22,7 +22,7 @@ from internvl_core.checkpoint.target import TargetFolder, check_target, open_tar
 from internvl_core.contract import write_json_atomically
 from internvl_core.errors import ArgumentError
 from internvl_core.model.adapter_weights import is_adapter, merge_adapter_weights
-from internvl_core.model.chat_config import build_chat_config, is_chat_config
+from internvl_core.model.chat_config import build_chat_config, has_tied_embeddings, is_chat_config
 from internvl_core.model.chat_weights import to_chat
 from internvl_core.model.export import ASSUMED_CONV_STYLE, CHAT_TEMPLATE_FILE, find_conv_style, write_companions
 from internvl_core.model.merge_check import MergeDifference, check_merge
@@ -182,8 +182,9 @@ def _open_adapter(folder: Path, cache_dir: Path) -> _Source:
 
 def _check_formats(source: _Source, uri: str, *, to: Format, is_cast: bool) -> None:
     if to == "native" and getattr(source.whole.config, "ps_version", "v2") == "v1":
+        remedy = "It stays as it is" if source.format == "chat" and source.merged is None else "Give --to chat"
         raise ArgumentError(
-            f"{uri} has ps_version v1, the first pixel shuffle, which the native format lacks. Give --to chat."
+            f"{uri} has ps_version v1, the first pixel shuffle, which the native format lacks. {remedy}."
         )
     if source.format == to and source.merged is None and not is_cast:
         raise ArgumentError(
@@ -260,6 +261,8 @@ def _store_weights(target: TargetFolder, path: Path) -> None:
 
 def _iter_remarks(config: InternVLConfig, to: Format) -> Iterator[str]:
     settings = getattr(config, "chat_settings", None) or {}
+    if has_tied_embeddings(config):
+        yield "Head and embeddings, one tensor in the source, are two equal ones now, as in every published InternVL."
     if find_conv_style(config) is None:
         named = settings.get("template")
         why = f"the conversation style {named!r} is unknown here" if named else "the source names no conversation style"

@@ -33,6 +33,7 @@ class InternVLForTraining(InternVLForConditionalGeneration):
             config: may name its pixel shuffle as `ps_version`, and in `vision_config` the `qk_norm_eps` of the query
                 and key norms, where the native class knows 1e-6 only.
         """
+        check_select_layer(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         super().__init__(config)
         qk_norm_eps = getattr(config.vision_config, "qk_norm_eps", None)
         if qk_norm_eps is not None:
@@ -191,6 +192,18 @@ class InternVLForTraining(InternVLForConditionalGeneration):
 # renames the weights to the published layout only for classes of its own or of a registered type.
 InternVLForTraining.__name__ = InternVLForConditionalGeneration.__name__
 register_checkpoint_conversion_mapping("internvl", get_checkpoint_conversion_mapping("internvl"), overwrite=True)
+
+
+def check_select_layer(layer: int, num_layers: int) -> None:
+    """Refuse a layer that the vision tower does not have: -1 the last to -L the first, or 1 the first to L the last.
+
+    The state before the first layer, 0 or -(L+1) in the original, cannot be had from transformers' tower.
+    """
+    if layer == 0 or not -num_layers <= layer <= num_layers:
+        raise ArgumentError(
+            f"vision_select_layer: {layer}, but the vision tower has {num_layers} layers, 1 to {num_layers} or "
+            f"-{num_layers} to -1. Use -1, the last, unless the model was trained otherwise."
+        )
 
 
 def add_drop_path(model: InternVLForConditionalGeneration, rate: float) -> None:

@@ -150,6 +150,8 @@ def read_config(name: str) -> dict[str, Any]:
     folder = Path(name)
     if folder.is_dir():
         path = folder / _CONFIG_FILE
+        if not path.is_file() and (folder / "commits").is_dir():
+            raise ArgumentError(f"{name} is a stage's directory in a store. Give it as {folder.absolute().as_uri()}.")
         if not path.is_file():
             raise ArgumentError(f"{name} has no {_CONFIG_FILE}, so it is no model. Give a folder that has one.")
         return _parse(path.read_bytes(), str(path))

@@ -34,7 +34,7 @@ from internvl_core.model.sources import (
     open_tower,
     open_whole,
 )
-from internvl_core.model.weights import from_state_dict
+from internvl_core.model.weights import Weights, from_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,12 @@ def build_model(
     path = model_arguments.model_name_or_path
     if path is not None:
         whole = open_whole(find_folder(path, cache_dir, argument="model_name_or_path"), cache_dir)
-        _check_settings(whole.config, model_arguments, data_arguments, source=path)
+        check_settings(
+            whole.config,
+            down_sample_ratio=data_arguments.down_sample_ratio,
+            ps_version=model_arguments.ps_version,
+            source=path,
+        )
         _warn_of_changes(whole.config, model_arguments, data_arguments, source=path)
         source = path
     else:
@@ -106,6 +111,7 @@ def build_model(
         whole.config.ps_version = model_arguments.ps_version
     if model_arguments.mlp_path is not None:
         projector = open_projector(model_arguments.mlp_path, cache_dir)
+        _check_projector(projector, whole.config, source=model_arguments.mlp_path)
         whole = replace(whole, weights={**whole.weights, **projector})
         source = f"{source} with {model_arguments.mlp_path}"
     whole = replace(whole, weights=fit_tiles(whole.config, whole.weights, data_arguments.force_image_size))
@@ -175,19 +181,34 @@ def _join_components(vision_path: str, llm_path: str, *, down_sample_ratio: floa
     return WholeModel(config, weights, tokenizer, llm.generation_config)
 
 
-def _check_settings(
-    config: InternVLConfig, model_arguments: ModelArguments, data_arguments: DataTrainingArguments, *, source: str
-) -> None:
-    ps_version = getattr(config, "ps_version", "v2")
+def _check_projector(projector: Weights, config: InternVLConfig, *, source: str) -> None:
+    with torch.device("meta"):
+        expected = InternVLMultiModalProjector(config).state_dict()
+    for name, tensor in expected.items():
+        found = projector[f"{PROJECTOR}{name}"].shape
+        if found != tuple(tensor.shape):
+            raise ArgumentError(
+                f"mlp_path: {source}: {name} is {list(found)}, but between these two parts it is "
+                f"{list(tensor.shape)}. Give a projector of such a pair, or leave mlp_path out."
+            )
+
+
+def check_settings(config: InternVLConfig, *, down_sample_ratio: float, ps_version: str, source: str) -> None:
+    """Refuse arguments that would make another model of a trained one.
+
+    Raises:
+        ArgumentError: names what the model was trained with.
+    """
+    trained = getattr(config, "ps_version", "v2")
     problems = []
-    if config.downsample_ratio != data_arguments.down_sample_ratio:
+    if config.downsample_ratio != down_sample_ratio:
         problems.append(
-            f"down_sample_ratio: {data_arguments.down_sample_ratio}, but the model has {config.downsample_ratio}."
+            f"down_sample_ratio: {down_sample_ratio}, but the model has {config.downsample_ratio}. Set "
+            f"down_sample_ratio to {config.downsample_ratio}."
         )
-    if ps_version != model_arguments.ps_version:
+    if trained != ps_version:
         problems.append(
-            f"ps_version: {model_arguments.ps_version}, but the model was trained with {ps_version}. Set ps_version "
-            f"to {ps_version}."
+            f"ps_version: {ps_version}, but the model was trained with {trained}. Set ps_version to {trained}."
         )
     if problems:
         raise ArgumentError(f"{source}: " + " ".join(problems))

@@ -106,6 +106,8 @@ def fetch_base(base: BaseModel, cache_dir: Path, *, argument: str = "model_name_
         return fetch(CheckpointRef(base.name, base.digest), cache_dir)
     if base.kind == "hub":
         return _fetch_from_hub(base.name, argument=argument, revision=base.digest)
+    if base.name.startswith("/") and not Path(base.name).is_dir():
+        raise ArgumentError(f"{base.name}: gone, but an adapter was trained over it. Put the model back.")
     folder = find_folder(base.name, cache_dir, argument=argument)
     if digest_folder(folder) != base.digest:
         raise CheckpointCorrupt(
@@ -275,6 +277,10 @@ def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
         ArgumentError: there is none, or it is no JSON object.
     """
     file = folder / _CONFIG_FILE
+    if not file.is_file() and (folder / "commits").is_dir():
+        raise ArgumentError(
+            f"{argument}: {folder} is a stage's directory in a store. Give it as {folder.absolute().as_uri()}."
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

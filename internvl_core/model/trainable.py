@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from internvl_core.arguments import ModelArguments
 from internvl_core.errors import ArgumentError
-from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.model.internvl import InternVLForTraining, check_select_layer
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ def _freeze_unused(vision_tower: Any, arguments: ModelArguments) -> None:
         return
     layers = vision_tower.encoder.layer
     # One more state than layers: the first is the embeddings'.
-    if not -len(layers) - 1 <= select_layer <= len(layers):
-        raise ArgumentError(f"vision_select_layer: {select_layer}, but the vision tower has {len(layers)} layers.")
+    check_select_layer(select_layer, len(layers))
     num_used = range(len(layers) + 1)[select_layer]
     first = arguments.unfreeze_vit_layers
     if first and range(len(layers))[first] >= num_used:

@@ -19,7 +19,7 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.errors import ArgumentError, CheckpointCorrupt
 from internvl_core.model.adapters import save_adapter
-from internvl_core.model.load import LoadedModel, build_model, load_checkpoint
+from internvl_core.model.load import LoadedModel, build_model, load_checkpoint, load_model
 from internvl_core.model.sources import describe_base
 from internvl_core.model.trainable import list_trainable, set_trainable
 from internvl_core.smoke.components import ComponentsSettings, generate_components
@@ -255,6 +255,24 @@ def test_a_folder_of_another_model_is_refused(components: Path) -> None:
     check_one_line(refusal)
 
 
+def test_the_directory_of_a_stage_is_told_from_a_model(checkpoint: Path, tmp_path: Path) -> None:
+    store = StageStore(f"file://{tmp_path}/store", "stage2", "0" * 64)
+    shutil.copytree(checkpoint, tmp_path / "base")
+    publish(store, tmp_path / "base", 1)
+    folder = Path(store.uri.removeprefix("file://"))
+    with pytest.raises(ArgumentError, match=f"is a stage's directory in a store. Give it as {store.uri}") as refusal:
+        build(folder)
+    check_one_line(refusal)
+    assert load_model(store.uri, cache_dir=tmp_path).config.text_config.vocab_size > 0
+
+
+@pytest.mark.parametrize("layer", [0, 3, -3])
+def test_a_layer_that_the_tower_does_not_have_is_refused(checkpoint: Path, layer: int) -> None:
+    given = ModelArguments(model_name_or_path=str(checkpoint), vision_select_layer=layer)
+    with pytest.raises(ArgumentError, match=f"vision_select_layer: {layer}, but the vision tower has 2 layers"):
+        build_model(given, DATA, cache_dir=checkpoint, dtype=torch.float32)
+
+
 def test_a_folder_without_a_model_is_refused(components: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"model_name_or_path: .* has no config.json") as refusal:
         build(tmp_path)
@@ -329,7 +347,7 @@ def test_a_projector_comes_from_a_whole_model_or_a_file_of_its_own(
 def test_a_projector_that_does_not_fit_is_refused(components: Path, tmp_path: Path) -> None:
     names = [f"{part}.{kind}" for part in (0, 1, 3) for kind in ("weight", "bias")]
     for case, tensors, message in (
-        ("small", {name: torch.zeros(3) for name in names}, r"is \[3\], but the configuration makes it \["),
+        ("small", {name: torch.zeros(3) for name in names}, r"small.pth: .* is \[3\], but between these two parts"),
         ("half", {name: torch.zeros(3) for name in names[:-1]}, r"linear_2.bias is missing \(1 such"),
         ("empty", {}, r"is missing \(6 such"),
         ("other", {name: torch.zeros(3) for name in [*names, "5.weight"]}, r"5.weight is no part of one"),
