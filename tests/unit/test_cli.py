@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ),
         ("check smoke --set workspace=3", "ArgumentError: recipe smoke: workspace: 3: Input should be a valid string."),
         ("replay /nowhere sqlite:////x.db", "ArgumentError: /nowhere: holds no spool of a tracked run"),
-        ("", "internvl data: Missing command. See internvl data --help."),
+        ("", "internvl: Missing command. See internvl --help."),
         ("fly", "internvl: No such command 'fly'. See internvl --help."),
         ("run", "internvl run: Missing argument 'recipe'. See internvl run --help."),
         ("run smoke --quickly", "internvl run: No such option: --quickly. See internvl run --help."),
