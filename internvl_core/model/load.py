@@ -19,18 +19,16 @@ from internvl_core.data.templates import IMAGE_CONTEXT, SPECIAL_TOKENS
 from internvl_core.errors import ArgumentError
 from internvl_core.model.adapter_weights import is_adapter
 from internvl_core.model.internvl import InternVLForTraining, add_drop_path
+from internvl_core.model.projector import PROJECTOR, find_projector, open_projector
 from internvl_core.model.resize import count_tokens_per_tile, find_vocabulary_size, fit_tiles, resize_rows
 from internvl_core.model.skeleton import build_skeleton, fill
 from internvl_core.model.sources import (
     EMBEDDINGS,
     LM_HEAD,
-    PROJECTOR,
     WholeModel,
     fetch_base,
     find_folder,
-    find_projector,
     open_llm,
-    open_projector,
     open_tower,
     open_whole,
 )

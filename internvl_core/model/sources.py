@@ -6,13 +6,11 @@ that they have in our model. A part may be a folder of its own or taken out of a
 
 import json
 import logging
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -22,7 +20,7 @@ from transformers import (
 )
 
 from internvl_core.checkpoint.base_model import BaseModel, get_base
-from internvl_core.checkpoint.folder import digest_folder, fetch_folder, is_weights_file
+from internvl_core.checkpoint.folder import digest_folder, fetch_folder
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.templates import CHAT_TOKENS, IMAGE_CONTEXT, SPECIAL_TOKENS
@@ -34,20 +32,17 @@ from internvl_core.model.chat_config import build_native_config, build_text_conf
 from internvl_core.model.export import ASSUMED_CONV_STYLE, build_generation_config, find_conv_style
 from internvl_core.model.resize import fit_tiles
 from internvl_core.model.tokenizer import load_tokenizer
-from internvl_core.model.weights import LazyTensor, Weights, from_state_dict, open_weights, to_module_names
+from internvl_core.model.weights import LazyTensor, Weights, open_weights, to_module_names
 
 logger = logging.getLogger(__name__)
 
 TOWER = "model.vision_tower."
-PROJECTOR = "model.multi_modal_projector."
 LLM = "model.language_model."
 LM_HEAD = "lm_head.weight"
 EMBEDDINGS = f"{LLM}embed_tokens.weight"
 
 _CONFIG_FILE = "config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
-# What the original's tool writes: the entries of its nn.Sequential (reference 2.4, 10.1).
-_PROJECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 _REMOTE_CODE_LLMS = ("internlm2", "internlm3")
 
 
@@ -190,7 +185,7 @@ def open_tower(folder: Path, cache_dir: Path) -> VisionTower:
     model_type = raw.get("model_type")
     if is_adapter(folder) or is_chat_config(raw) or model_type == InternVLConfig.model_type:
         whole = open_whole(folder, cache_dir, argument="vision_path")
-        return VisionTower(whole.config.vision_config, _take(whole.weights, TOWER))
+        return VisionTower(whole.config.vision_config, take(whole.weights, TOWER))
     if model_type == InternVLVisionConfig.model_type:
         config = _load("vision_path", InternVLVisionConfig.from_pretrained, str(folder))
         return VisionTower(config, {f"{TOWER}{name}": tensor for name, tensor in open_weights(folder).items()})
@@ -209,7 +204,7 @@ def open_llm(folder: Path, cache_dir: Path) -> LanguageModel:
     model_type = raw.get("model_type")
     if is_adapter(folder) or is_chat_config(raw) or model_type == InternVLConfig.model_type:
         whole = open_whole(folder, cache_dir, argument="llm_path")
-        weights = {**_take(whole.weights, LLM), LM_HEAD: whole.weights[LM_HEAD]}
+        weights = {**take(whole.weights, LLM), LM_HEAD: whole.weights[LM_HEAD]}
         return LanguageModel(whole.config.text_config, weights, whole.tokenizer, whole.generation_config)
     if model_type in _REMOTE_CODE_LLMS:
         config = build_text_config(raw)
@@ -227,47 +222,6 @@ def open_llm(folder: Path, cache_dir: Path) -> LanguageModel:
         )
     tokenizer = load_tokenizer(str(folder))
     return LanguageModel(config, _with_head(weights), tokenizer, _find_generation_config(folder))
-
-
-def find_projector(path: str, cache_dir: Path) -> Path:
-    """Find the local folder or file of a projector; of a remote file its folder is fetched."""
-    if Path(path).is_file():
-        return Path(path)
-    if is_checkpoint_uri(path) and is_weights_file(path):
-        folder, _, name = path.rpartition("/")
-        return fetch_folder(folder, cache_dir) / name
-    return find_folder(path, cache_dir, argument="mlp_path")
-
-
-def open_projector(path: str, cache_dir: Path) -> Weights:
-    """Open a projector alone: a whole model, a .safetensors file, or the .pth file of the original's tool.
-
-    Raises:
-        ArgumentError: no such file, or no projector in it.
-    """
-    file = find_projector(path, cache_dir)
-    if file.is_dir():
-        whole = open_whole(file, cache_dir, argument="mlp_path")
-        return _take(whole.weights, PROJECTOR)
-    try:
-        # weights_only: a pickle from elsewhere must not run code.
-        tensors = _read_safetensors(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-        weights = from_state_dict({_name_projector_tensor(name): tensor for name, tensor in tensors.items()})
-    except (OSError, ValueError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArgumentError(
-            f"mlp_path: {path} cannot be read as the weights of a projector: {reason} Give a whole model, a "
-            ".safetensors file, or what extract_mlp wrote."
-        ) from error
-    expected = {f"{PROJECTOR}{part}.{kind}" for part in _PROJECTOR_PARTS.values() for kind in ("weight", "bias")}
-    if weights.keys() != expected:
-        # Half a projector would leave the other half random, or another model's.
-        odd = sorted(weights.keys() ^ expected)
-        raise ArgumentError(
-            f"mlp_path: {path} is no whole projector: {odd[0].removeprefix(PROJECTOR)} is "
-            f"{'missing' if odd[0] in expected else 'no part of one'} ({len(odd)} such tensors)."
-        )
-    return weights
 
 
 def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
@@ -341,25 +295,9 @@ def _find_generation_config(folder: Path) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(str(folder))
 
 
-def _take(weights: Weights, prefix: str) -> dict[str, LazyTensor]:
+def take(weights: Weights, prefix: str) -> dict[str, LazyTensor]:
+    """Take the tensors of a part, by the beginning of their names."""
     return {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _name_projector_tensor(name: str) -> str:
-    for prefix in ("mlp1.", "model.", "multi_modal_projector."):
-        name = name.removeprefix(prefix)
-    part, _, kind = name.partition(".")
-    return f"{PROJECTOR}{_PROJECTOR_PARTS.get(part, part)}.{kind}"
 
 
 def _load(argument: str, load: Callable[..., Any], path: str) -> Any:
