@@ -13,6 +13,7 @@ import typer
 from flows.data_commands import data_app
 from flows.model_commands import convert
 from flows.plan_command import plan
+from flows.repetition import said_once
 from flows.terminal import leave_terminal
 from internvl_core.errors import ArgumentError, InternVLError
 
@@ -131,16 +132,16 @@ def replay(
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
     try:
-        # Typer catches Ctrl-C and returns its exit code.
-        exit_code = app(standalone_mode=False)
+        with said_once("internvl_core.argument_renames", "internvl_core.argument_rules"):
+            # Typer catches Ctrl-C and returns its exit code.
+            exit_code = app(standalone_mode=False)
     except InternVLError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "internvl"
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        typer.echo(f"{command}: {message.rstrip('.')}. See {command} --help.", err=True)
+        typer.echo(f"{command}: {error.format_message().rstrip('.')}. See {command} --help.", err=True)
         sys.exit(ArgumentError.exit_code)
     if exit_code == INTERRUPTED:
         typer.echo("Stopped.", err=True)

@@ -11,7 +11,9 @@ import pytest
 
 from flows import cli
 from flows.recipe import load_recipe
+from flows.repetition import said_once
 from internvl_core.errors import StoreUnavailable
+from tasks.stage_plan import check_stage_arguments
 
 LIGHT = ("torch", "transformers", "deepspeed", "peft")
 
@@ -211,3 +213,19 @@ def split_in_shell(command: str) -> list[str]:
     line = f"{sys.executable} -c '{program}' {command}"
     completed = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     return json.loads(completed.stdout)
+
+
+def test_a_warning_about_an_argument_is_given_once_a_command(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        caplog.clear()
+        assert run("check", "smoke")[0] == 0
+        assert [record.name for record in caplog.records] == ["internvl_core.argument_renames"]
+    caplog.clear()
+    with said_once("internvl_core.argument_renames"):
+        for _ in range(2):
+            load_and_check("smoke")
+    assert len(caplog.records) == 1
+
+
+def load_and_check(name: str) -> None:
+    check_stage_arguments(load_recipe(name).stages, starts_from_checkpoint=False)
