@@ -52,19 +52,19 @@ class LoadedModel:
 
 
 def load_model(
-    uri: str, *, dtype: torch.dtype = torch.float32, cache_dir: Path = DEFAULT_CACHE_DIR
+    uri: str | Path, *, dtype: torch.dtype = torch.float32, cache_dir: Path = DEFAULT_CACHE_DIR
 ) -> InternVLForTraining:
     """Load a whole model of either format, in evaluation mode; an adapter is merged into its base.
 
     Args:
-        uri: local folder, fsspec URI or hub id.
+        uri: local folder, fsspec URI or hub id; a Path for a local folder only.
         dtype: of the parameters in memory.
         cache_dir: where what is remote is fetched to.
 
     Raises:
         ArgumentError: there is no InternVL.
     """
-    return load_checkpoint(uri, cache_dir=cache_dir, dtype=dtype).model
+    return load_checkpoint(str(uri), cache_dir=cache_dir, dtype=dtype).model
 
 
 def load_checkpoint(path: str, *, cache_dir: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
