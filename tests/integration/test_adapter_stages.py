@@ -69,6 +69,7 @@ def test_a_projector_that_learns_beside_adapters_under_zero_is_in_their_files(
         torch.testing.assert_close(weights[name], tensor)
 
 
+@pytest.mark.slow
 def test_parts_that_learn_in_full_and_by_adapters_resume_exactly_and_end_as_a_whole_model(
     arguments: dict[str, Any], base: CheckpointRef, tmp_path: Path
 ) -> None:

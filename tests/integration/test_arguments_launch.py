@@ -49,6 +49,9 @@ torch.save(training, Path(training.output_dir) / f"arguments-{training.process_i
     "decay": [group["weight_decay"] for group in optimizer.param_groups],
     "checkpoints": sorted(path.name for path in Path(training.output_dir).glob("checkpoint-*")),
 }))
+if torch.distributed.is_initialized():
+    # Left to the interpreter's end, gloo's threads abort the process now and then.
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -84,7 +87,7 @@ def test_parsing_does_not_import_deepspeed() -> None:
     [
         (["--deepspeed=zero1"], 1, "DeepSpeedEngine", 1),
         (["--deepspeed=zero1", "--decay_all=False"], 1, "DeepSpeedEngine", 2),
-        (["--deepspeed=zero2"], 2, "DeepSpeedEngine", 1),
+        pytest.param(["--deepspeed=zero2"], 2, "DeepSpeedEngine", 1, marks=pytest.mark.slow),
         (["--use_cpu=True"], 2, "DistributedDataParallel", 2),
     ],
 )

@@ -279,7 +279,8 @@ def test_a_stage_that_is_killed_ends_with_the_losses_and_the_weights_of_an_undis
     assert {line["step"]: line["grad_norm"] for line in ended.curve} == {
         line["step"]: line["grad_norm"] for line in undisturbed.curve
     }
-    check_equal_weights(ended.final_dir / "model.safetensors", undisturbed.final_dir / "model.safetensors")
+    weights = "adapter_model.safetensors"
+    check_equal_weights(ended.final_dir / weights, undisturbed.final_dir / weights)
     assert ended.result.counters == undisturbed.result.counters
 
 
