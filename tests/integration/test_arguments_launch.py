@@ -16,7 +16,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_
 LIST_MODULES = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
 
 TRAIN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 import torch
@@ -49,9 +49,9 @@ torch.save(training, Path(training.output_dir) / f"arguments-{training.process_i
     "decay": [group["weight_decay"] for group in optimizer.param_groups],
     "checkpoints": sorted(path.name for path in Path(training.output_dir).glob("checkpoint-*")),
 }))
-if torch.distributed.is_initialized():
-    # Left to the interpreter's end, gloo's threads abort the process now and then.
-    torch.distributed.destroy_process_group()
+# As the trainer's own entry does: libraries' threads now and then abort the interpreter on its way out.
+sys.stdout.flush()
+os._exit(0)
 """
 
 

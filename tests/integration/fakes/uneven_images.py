@@ -3,6 +3,7 @@
 Usage under torchrun: uneven_images.py FOLDER. Rank 0 saves the weights of each way as FOLDER/<way>.pt.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def main() -> None:
         if dist.get_rank() == 0:
             torch.save(weights, folder / f"{way}.pt")
     dist.destroy_process_group()
+    # As the trainer's own entry does: libraries' threads now and then abort the interpreter on its way out.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
