@@ -59,9 +59,9 @@ def read_base(content: bytes, *, where: str) -> BaseModel:
     """
     try:
         given = json.loads(content)
-        for kind, (name, digest) in _KEYS.items():
-            if name in given:
-                return BaseModel(kind, str(given[name]), str(given[digest]))
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ArgumentError(f"{where}: does not say what the adapter was trained over. Fetch the adapter again.")
+        kind, (name, digest) = next(row for row in _KEYS.items() if row[1][0] in given)
+        return BaseModel(kind, str(given[name]), str(given[digest]))
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ArgumentError(
+            f"{where}: does not say what the adapter was trained over. Fetch the adapter again."
+        ) from error

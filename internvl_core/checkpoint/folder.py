@@ -14,6 +14,7 @@ from typing import Any
 
 from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.commits import (
+    COMMITS_FOLDER,
     DATA_FOLDER,
     is_save_uri,
     list_commit_names,
@@ -153,6 +154,16 @@ def digest_file(uri: str) -> str:
     if digest is None:
         raise ArgumentError(f"{uri}: there is no such file.")
     return digest
+
+
+def check_no_stage(folder: Path) -> None:
+    """Refuse a stage's directory that was given as a plain path: its URI stands for its newest checkpoint.
+
+    Raises:
+        ArgumentError: tells the URI.
+    """
+    if (folder / COMMITS_FOLDER).is_dir():
+        raise ArgumentError(f"{folder} is a stage's directory in a store. Give it as {folder.absolute().as_uri()}.")
 
 
 def digest_folder(folder: Path) -> str:

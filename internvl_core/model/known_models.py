@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PretrainedConfig
 
-from internvl_core.checkpoint.folder import resolve_folder
+from internvl_core.checkpoint.folder import check_no_stage, resolve_folder
 from internvl_core.checkpoint.store import is_checkpoint_uri, read_file
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.templates import SPECIAL_TOKENS
@@ -150,9 +150,8 @@ def read_config(name: str) -> dict[str, Any]:
     folder = Path(name)
     if folder.is_dir():
         path = folder / _CONFIG_FILE
-        if not path.is_file() and (folder / "commits").is_dir():
-            raise ArgumentError(f"{name} is a stage's directory in a store. Give it as {folder.absolute().as_uri()}.")
         if not path.is_file():
+            check_no_stage(folder)
             raise ArgumentError(f"{name} has no {_CONFIG_FILE}, so it is no model. Give a folder that has one.")
         return _parse(path.read_bytes(), str(path))
     if folder.is_absolute():

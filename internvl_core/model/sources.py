@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from internvl_core.checkpoint.base_model import BaseModel, get_base
-from internvl_core.checkpoint.folder import digest_folder, fetch_folder
+from internvl_core.checkpoint.folder import check_no_stage, digest_folder, fetch_folder
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
 from internvl_core.contract import CheckpointRef
 from internvl_core.data.templates import CHAT_TOKENS, IMAGE_CONTEXT, SPECIAL_TOKENS
@@ -231,10 +231,8 @@ def read_config(folder: Path, *, argument: str) -> dict[str, Any]:
         ArgumentError: there is none, or it is no JSON object.
     """
     file = folder / _CONFIG_FILE
-    if not file.is_file() and (folder / "commits").is_dir():
-        raise ArgumentError(
-            f"{argument}: {folder} is a stage's directory in a store. Give it as {folder.absolute().as_uri()}."
-        )
+    if not file.is_file():
+        check_no_stage(folder)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
