@@ -25,7 +25,6 @@ ASSUMED_CONV_STYLE = "internvl2_5"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 
-_MEAN, _STD = NORMALIZATIONS["imagenet"]
 _BICUBIC = 3
 _ASSUMED_MAX_TILES = 12
 
@@ -156,15 +155,20 @@ def _opens_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return TextEncoder.from_tokenizer(tokenizer).bos_token_id is not None
 
 
+def _get_normalization(config: InternVLConfig) -> tuple[Any, Any]:
+    return NORMALIZATIONS[_get_settings(config).get("normalize_type", "imagenet")]
+
+
 def _build_pixels(config: InternVLConfig) -> dict[str, Any]:
     side = compute_tile_px(config)
+    mean, std = _get_normalization(config)
     return {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(_MEAN),
-        "image_std": list(_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
         "processor_class": "InternVLProcessor",
         "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
@@ -196,15 +200,16 @@ def _build_processor(config: InternVLConfig) -> dict[str, Any]:
 def _build_clip_processor(config: InternVLConfig) -> dict[str, Any]:
     """Describe what the chat format's readers do to one tile; how an image is cut is in its config.json."""
     side = compute_tile_px(config)
+    mean, std = _get_normalization(config)
     return {
         "crop_size": side,
         "do_center_crop": True,
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(_MEAN),
+        "image_mean": list(mean),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(_STD),
+        "image_std": list(std),
         "resample": _BICUBIC,
         "size": side,
     }

@@ -237,4 +237,5 @@ def _list_chat_settings(config: InternVLConfig, data_arguments: DataTrainingArgu
         "min_dynamic_patch": data_arguments.min_dynamic_patch,
         "max_dynamic_patch": data_arguments.max_dynamic_patch,
         "pad2square": data_arguments.pad2square,
+        "normalize_type": data_arguments.normalize_type,
     }

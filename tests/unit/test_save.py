@@ -61,3 +61,11 @@ def test_a_saved_model_brings_all_that_generating_needs(tmp_path: Path) -> None:
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")
     assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 32
+
+
+def test_a_saved_model_is_normalised_as_it_was_trained(tmp_path: Path) -> None:
+    model = build("v2")
+    model.config.chat_settings = {"normalize_type": "siglip"}
+    save_model(model, TOKENIZER, tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.5] * 3, [0.5] * 3)
