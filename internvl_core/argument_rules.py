@@ -62,6 +62,8 @@ RESULT_NEUTRAL = frozenset(
         "per_device_eval_batch_size",
         # Which samples are bad does not depend on how many are borne.
         "max_bad_fraction",
+        # Nor do these: what is trained is the same, or it is not trained to its end.
+        *("max_unsent_checkpoints", "store_patience_s", "max_non_finite_steps", "setup_limit_s", "stall_limit_s"),
         # The loss is the mean over all ranks, whatever this says.
         "loss_reduction_all_gather",
         # Columns are ours: the trainer keeps what the model needs, whatever this says.

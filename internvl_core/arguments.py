@@ -250,6 +250,34 @@ class ExtensionArguments:
             "(at least 1,000) that fail while it runs. 0 stops at the first."
         ),
     )
+    max_unsent_checkpoints: int = field(
+        default=2,
+        metadata=_help(
+            "Saved checkpoints that may wait for the store while training goes on; with one more to save, it waits."
+        ),
+    )
+    store_patience_s: float = field(
+        default=600,
+        metadata=_help("Seconds that the store may fail without a break before the stage gives up on it."),
+    )
+    max_non_finite_steps: int = field(
+        default=3,
+        metadata=_help(
+            "Steps in a row whose loss or gradient is not finite before the stage stops; none of them is applied. "
+            "1 stops at the first."
+        ),
+    )
+    setup_limit_s: float = field(
+        default=1800,
+        metadata=_help("Seconds from the start of the ranks to the end of their first step before the stage is ended."),
+    )
+    stall_limit_s: float = field(
+        default=600,
+        metadata=_help(
+            "Seconds without progress, or five times the longest step so far if that is more, before the stage is "
+            "ended with the stacks of all ranks."
+        ),
+    )
     eval_max_new_tokens: int = field(default=32, metadata=_help("Longest answer to a held-out question, in tokens."))
     decay_all: bool = field(
         default=True,

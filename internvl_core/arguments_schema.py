@@ -54,6 +54,11 @@ BOUNDS: Mapping[str, Mapping[str, Any]] = {
     "max_num_frame": {"minimum": 1},
     "max_bad_fraction": {"minimum": 0, "maximum": 1},
     "eval_max_new_tokens": {"minimum": 1},
+    "max_unsent_checkpoints": {"minimum": 1},
+    "store_patience_s": {"minimum": 0},
+    "max_non_finite_steps": {"minimum": 1},
+    "setup_limit_s": {"exclusiveMinimum": 0},
+    "stall_limit_s": {"exclusiveMinimum": 0},
 }
 
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
