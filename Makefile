@@ -25,11 +25,11 @@ smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
 
 test: check  ## Run every test that CI runs.
 	$(BIN)/pytest tests/unit tests/contract -m 'not slow' $(PARALLEL)
-	$(BIN)/pytest tests/integration tests/e2e -m 'not slow'
+	$(BIN)/pytest tests/integration tests/faults tests/e2e -m 'not slow'
 
 test-all: check  ## Run everything, the long tests included.
 	$(BIN)/pytest tests/unit tests/contract $(PARALLEL)
-	$(BIN)/pytest tests/integration tests/e2e
+	$(BIN)/pytest tests/integration tests/faults tests/e2e
 
 check: install  ## Lint, format check, types, import directions.
 	$(BIN)/ruff check .
