@@ -5,7 +5,7 @@ number of racing writers exactly one succeeds. fsspec does not promise that for 
 (on local files its check and its write are two steps), hence a class of our own for files.
 
 Every error of an operating system or SDK leaves as StoreUnavailable or DiskFull with its cause
-on one line, except the two that are answers: FileExistsError of `create`, FileNotFoundError of `read`.
+on one line, except the two that are answers: FileExistsError of `create`, FileNotFoundError of what reads.
 """
 
 import logging
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from internvl_core.checkpoint.local_backend import LocalBackend
+from internvl_core.checkpoint.manifest import FileEntry
 from internvl_core.checkpoint.remote_backend import RemoteBackend
 from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
 from internvl_core.errors import StoreUnavailable
@@ -35,6 +36,9 @@ class Backend(Protocol):
             FileExistsError: the name is taken.
         """
 
+    def put(self, name: str, body: bytes) -> None:
+        """Write a small object, whole or not at all, over whatever has the name: for what nobody's commit rests on."""
+
     def read(self, name: str) -> bytes:
         """Read an object whole; FileNotFoundError where there is none."""
 
@@ -44,11 +48,31 @@ class Backend(Protocol):
     def get_sizes_bytes(self, folder: str) -> dict[str, int]:
         """Ask for the size of every file below a folder, by path relative to it."""
 
-    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
-        """Store files of a local directory, durably, in a folder that did not exist before."""
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> list[FileEntry]:
+        """Store files of a local directory, durably, in a folder that did not exist before.
+
+        Returns:
+            What was sent of each: the digest is of the very bytes that went out, or of the file that was linked.
+        """
+
+    def download(self, folder: str, paths: Sequence[str], directory: Path) -> list[FileEntry]:
+        """Copy files of a folder ("" for the backend's own) into a local directory, which is the caller's alone.
+
+        Returns:
+            What arrived of each; the caller compares.
+
+        Raises:
+            FileNotFoundError: one is missing.
+        """
+
+    def describe(self, folder: str, paths: Sequence[str]) -> list[FileEntry]:
+        """Read files of a folder through, keeping nothing, and say what is there; raises as `download`."""
 
     def remove(self, name: str) -> None:
-        """Remove an object."""
+        """Remove an object; one that is gone already is no error."""
+
+    def remove_all(self, folder: str) -> None:
+        """Remove everything below a folder, in no order; a folder that is gone already is no error."""
 
 
 def open_backend(uri: str) -> LocalBackend | RemoteBackend:

@@ -13,7 +13,7 @@ from pathlib import Path
 from internvl_core.checkpoint.commits import DATA_FOLDER, open_checkpoint, read_manifest
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.local_backend import LocalBackend
-from internvl_core.checkpoint.manifest import Manifest, check_files
+from internvl_core.checkpoint.manifest import Manifest, check_entries, check_files, check_size
 from internvl_core.checkpoint.remote_backend import RemoteBackend
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
@@ -98,17 +98,12 @@ def _download(backend: RemoteBackend, folder: str, manifest: Manifest, directory
     sizes_bytes = backend.get_sizes_bytes(folder)
     for entry in manifest.files:
         # Before the transfer: one truncated shard must not cost the download of all the others.
-        if sizes_bytes.get(entry.path) != entry.size_bytes:
-            found = f"{sizes_bytes[entry.path]} bytes" if entry.path in sizes_bytes else "missing"
-            raise CheckpointCorrupt(f"{uri}/{entry.path}: {found}, the manifest says {entry.size_bytes} bytes.")
+        check_size(sizes_bytes.get(entry.path), entry, where=uri)
     try:
-        backend.download(folder, [entry.path for entry in manifest.files], directory)
+        found = backend.download(folder, [entry.path for entry in manifest.files], directory)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{uri}: a file vanished while it was downloaded: {error}.") from error
-    try:
-        _check(directory, manifest)
-    except CheckpointCorrupt as error:
-        raise CheckpointCorrupt(f"{uri} is damaged. {error}") from error
+    check_entries(found, manifest.files, where=uri)
 
 
 def _move_into_place(temporary: Path, target: Path, manifest: Manifest) -> None:

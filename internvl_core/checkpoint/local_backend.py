@@ -8,10 +8,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from internvl_core.checkpoint.faults import translated
+from internvl_core.checkpoint.manifest import HASH_WORKERS, FileEntry, describe_file
 from internvl_core.checkpoint.uri import FILE_PREFIX
 
 # Another file system, one without hard links, too many links to one file, or a file of another user.
@@ -30,19 +33,12 @@ class LocalBackend:
         return self._root / name
 
     def create(self, name: str, body: bytes) -> None:
-        path = self._root / name
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        with translated(f"Creating {path}", answers=(FileExistsError,)):
-            _make_folder(path.parent)
-            try:
-                with temporary.open("xb") as file:
-                    file.write(body)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync(path.parent)
+        with translated(f"Creating {self._root / name}", answers=(FileExistsError,)):
+            _write(self._root / name, body, os.link)
+
+    def put(self, name: str, body: bytes) -> None:
+        with translated(f"Writing {self._root / name}"):
+            _write(self._root / name, body, os.replace)
 
     def read(self, name: str) -> bytes:
         with translated(f"Reading {self._root / name}", answers=(FileNotFoundError,)):
@@ -62,18 +58,66 @@ class LocalBackend:
                 path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()
             }
 
-    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> list[FileEntry]:
         target = self._root / folder
+
+        def store(path: str) -> FileEntry:
+            _store_file((directory / path).resolve(), target / path)
+            return describe_file(target, path)
+
         with translated(f"Storing {directory} in {target}"):
             for path in paths:
                 _make_folder((target / path).parent)
-                _store_file((directory / path).resolve(), target / path)
+            entries = _run_for_each(store, paths)
             for parent in {(target / path).parent for path in paths}:
                 _sync(parent)
+        return entries
+
+    def download(self, folder: str, paths: Sequence[str], directory: Path) -> list[FileEntry]:
+        source = self._root / folder
+
+        def copy(path: str) -> FileEntry:
+            shutil.copyfile(source / path, directory / path)
+            return describe_file(directory, path)
+
+        with translated(f"Copying {source} to {directory}", answers=(FileNotFoundError,)):
+            for path in paths:
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            return _run_for_each(copy, paths)
+
+    def describe(self, folder: str, paths: Sequence[str]) -> list[FileEntry]:
+        root = self._root / folder
+        with translated(f"Reading {root}", answers=(FileNotFoundError,)):
+            return _run_for_each(lambda path: describe_file(root, path), paths)
 
     def remove(self, name: str) -> None:
         with translated(f"Removing {self._root / name}"):
             (self._root / name).unlink(missing_ok=True)
+
+    def remove_all(self, folder: str) -> None:
+        with translated(f"Removing {self._root / folder}"), suppress(FileNotFoundError):
+            shutil.rmtree(self._root / folder)
+
+
+def _run_for_each(run: Callable[[str], FileEntry], paths: Sequence[str]) -> list[FileEntry]:
+    """Work on files in parallel: while one is hashed, another is written to the disk."""
+    with ThreadPoolExecutor(HASH_WORKERS) as pool:
+        return list(pool.map(run, paths))
+
+
+def _write(path: Path, body: bytes, publish: Callable[[Path, Path], None]) -> None:
+    """Write a file aside, sync it, and give it its name in one step: `os.link` if that is new, or `os.replace`."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    _make_folder(path.parent)
+    try:
+        with temporary.open("xb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
 
 
 def _store_file(source: Path, target: Path) -> None:

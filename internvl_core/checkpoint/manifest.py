@@ -92,8 +92,8 @@ class Manifest:
         return manifest
 
 
-def describe_files(directory: Path) -> tuple[FileEntry, ...]:
-    """Hash every file below a directory, sorted by path.
+def list_files(directory: Path) -> list[str]:
+    """List every file below a directory that a checkpoint is to be made of, sorted by path.
 
     A symbolic link to a file of the same directory counts as that file; empty directories are not kept.
 
@@ -105,8 +105,7 @@ def describe_files(directory: Path) -> tuple[FileEntry, ...]:
     paths = sorted(_iter_paths(root))
     if MANIFEST_FILE in paths:
         raise CheckpointError(f"{directory}: contains {MANIFEST_FILE}, a name that the store needs. Remove it.")
-    with ThreadPoolExecutor(HASH_WORKERS) as pool:
-        return tuple(pool.map(lambda path: _describe(root, path), paths))
+    return paths
 
 
 def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
@@ -120,7 +119,9 @@ def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
     root = directory.resolve()
     entries = tuple(files)
     for entry in entries:
-        _check_size(root, entry, where=str(directory))
+        _check_path(entry.path, where=str(directory))
+        path = root / entry.path
+        check_size(path.stat().st_size if path.is_file() else None, entry, where=str(directory))
     try:
         found_paths = set(_iter_paths(root))
     except CheckpointError as error:
@@ -129,11 +130,32 @@ def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
     if unknown:
         raise CheckpointCorrupt(f"{directory / min(unknown)}: not named by the manifest of its checkpoint.")
     with ThreadPoolExecutor(HASH_WORKERS) as pool:
-        for entry, found in zip(entries, pool.map(lambda entry: hash_file(root / entry.path), entries), strict=True):
-            if found != entry.sha256:
-                raise CheckpointCorrupt(
-                    f"{directory / entry.path}: sha256 is {found}, the manifest says {entry.sha256}."
-                )
+        check_entries(pool.map(lambda entry: describe_file(root, entry.path), entries), entries, where=str(directory))
+
+
+def check_entries(found: Iterable[FileEntry], expected: Iterable[FileEntry], *, where: str) -> None:
+    """Compare what files hold with what the manifest says, in the same order.
+
+    Raises:
+        CheckpointCorrupt: names the first that differs.
+    """
+    for actual, entry in zip(found, expected, strict=True):
+        check_size(actual.size_bytes, entry, where=where)
+        if actual != entry:
+            raise CheckpointCorrupt(
+                f"{where}/{entry.path}: sha256 is {actual.sha256}, the manifest says {entry.sha256}."
+            )
+
+
+def check_size(found_bytes: int | None, entry: FileEntry, *, where: str) -> None:
+    """Compare the size of a file, None if it is not there, with what the manifest says.
+
+    Raises:
+        CheckpointCorrupt: it is another, or the file is missing.
+    """
+    if found_bytes != entry.size_bytes:
+        found = "missing" if found_bytes is None else f"{found_bytes} bytes"
+        raise CheckpointCorrupt(f"{where}/{entry.path}: {found}, the manifest says {entry.size_bytes} bytes.")
 
 
 def _iter_paths(root: Path) -> Iterator[str]:
@@ -149,30 +171,22 @@ def _iter_paths(root: Path) -> Iterator[str]:
             yield Path(folder, name).relative_to(root).as_posix()
 
 
-def _describe(root: Path, path: str) -> FileEntry:
-    return FileEntry(path=path, size_bytes=(root / path).stat().st_size, sha256=hash_file(root / path))
-
-
-def _check_size(root: Path, entry: FileEntry, *, where: str) -> None:
-    _check_path(entry.path, where=where)
-    path = root / entry.path
-    if not path.is_file():
-        raise CheckpointCorrupt(f"{where}/{entry.path}: missing; the manifest says {entry.size_bytes} bytes.")
-    found = path.stat().st_size
-    if found != entry.size_bytes:
-        raise CheckpointCorrupt(f"{where}/{entry.path}: {found} bytes, the manifest says {entry.size_bytes}.")
-
-
 def _check_path(path: str, *, where: str) -> None:
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or path.startswith("/") or ".." in parts or "\0" in path:
         raise CheckpointCorrupt(f"{where}: names the file {path!r}, which is not a plain path below its directory.")
 
 
-def hash_file(path: Path) -> str:
-    """Sha256 (hex) of a file's bytes, links followed."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+def describe_file(root: Path, path: str) -> FileEntry:
+    """Read a file through, links followed, and say what is in it."""
+    digest, size_bytes = hashlib.sha256(), 0
+    with (root / path).open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+            size_bytes += len(block)
+    return FileEntry(path, size_bytes, digest.hexdigest())
+
+
+def hash_file(path: Path) -> str:
+    """Sha256 (hex) of a file's bytes, links followed."""
+    return describe_file(path.parent, path.name).sha256

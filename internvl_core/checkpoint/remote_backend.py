@@ -5,8 +5,10 @@ under the GIL in memory. Elsewhere it may be a check and then a write; the start
 refuses a store where it is not even that.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from internvl_core.checkpoint.faults import translated
+from internvl_core.checkpoint.manifest import FileEntry, describe_file
 
 # botocore's defaults wait 60 s for a connection and try 5 times: longer than a person waits for "wrong host".
 _S3_OPTIONS = {
@@ -24,6 +27,7 @@ _S3_OPTIONS = {
 _S3_UPLOAD = {"chunksize": 16 << 20, "max_concurrency": 2}
 _S3_DOWNLOAD = {"max_concurrency": 1}
 _TRANSFER_WORKERS = 4
+_READ_BYTES = 8 << 20
 _S3_PROTOCOLS = ("s3://", "s3a://")
 
 
@@ -51,6 +55,10 @@ class RemoteBackend:
         with translated(f"Creating {self.uri}/{name}", answers=(FileExistsError,)):
             self._fs.pipe_file(self._path(name), body, mode="create")
 
+    def put(self, name: str, body: bytes) -> None:
+        with translated(f"Writing {self.uri}/{name}"):
+            self._fs.pipe_file(self._path(name), body)
+
     def read(self, name: str) -> bytes:
         with translated(f"Reading {self.uri}/{name}", answers=(FileNotFoundError,)):
             return bytes(self._fs.cat_file(self._path(name)))
@@ -69,37 +77,54 @@ class RemoteBackend:
             found = self._fs.find(root, detail=True)
         return {str(path).removeprefix(root).lstrip("/"): int(info["size"]) for path, info in found.items()}
 
-    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> None:
-        def upload_file(path: str) -> None:
+    def upload(self, directory: Path, paths: Sequence[str], folder: str) -> list[FileEntry]:
+        def upload_file(path: str) -> FileEntry:
+            entry = describe_file(directory, path)
             self._fs.put_file(str((directory / path).resolve()), self._path(f"{folder}/{path}"), **self._upload_options)
+            return entry
 
         with translated(f"Uploading {paths[0] if len(paths) == 1 else directory} to {self.uri}/{folder}"):
-            self._run_for_each(upload_file, paths)
+            return self._run_for_each(upload_file, paths)
 
-    def download(self, folder: str, paths: Sequence[str], directory: Path) -> None:
-        """Copy files of a folder, "" for the backend's own, into a local directory.
-
-        Raises:
-            FileNotFoundError: one is missing.
-        """
-
-        def download_file(path: str) -> None:
-            source = self._path(f"{folder}/{path}" if folder else path)
-            self._fs.get_file(source, str(directory / path), **self._download_options)
+    def download(self, folder: str, paths: Sequence[str], directory: Path) -> list[FileEntry]:
+        def download_file(path: str) -> FileEntry:
+            self._fs.get_file(self._path_in(folder, path), str(directory / path), **self._download_options)
+            return describe_file(directory, path)
 
         with translated(f"Downloading {self.uri}/{folder} to {directory}", answers=(FileNotFoundError,)):
             for path in paths:
                 (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            self._run_for_each(download_file, paths)
+            return self._run_for_each(download_file, paths)
+
+    def describe(self, folder: str, paths: Sequence[str]) -> list[FileEntry]:
+        def describe_object(path: str) -> FileEntry:
+            digest, size_bytes = hashlib.sha256(), 0
+            with self._fs.open(
+                self._path_in(folder, path), "rb", block_size=_READ_BYTES, cache_type="readahead"
+            ) as file:
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
+                    size_bytes += len(block)
+            return FileEntry(path, size_bytes, digest.hexdigest())
+
+        with translated(f"Reading {self.uri}/{folder}", answers=(FileNotFoundError,)):
+            return self._run_for_each(describe_object, paths)
 
     def remove(self, name: str) -> None:
-        with translated(f"Removing {self.uri}/{name}"):
+        with translated(f"Removing {self.uri}/{name}"), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
+
+    def remove_all(self, folder: str) -> None:
+        with translated(f"Removing {self.uri}/{folder}"), suppress(FileNotFoundError):
+            self._fs.rm(self._path(folder), recursive=True)
 
     def _path(self, name: str) -> str:
         return str(self._fs._strip_protocol(f"{self.uri}/{name}"))
 
-    def _run_for_each(self, transfer: Callable[[str], None], paths: Iterable[str]) -> None:
+    def _path_in(self, folder: str, path: str) -> str:
+        return self._path(f"{folder}/{path}" if folder else path)
+
+    def _run_for_each(self, transfer: Callable[[str], FileEntry], paths: Iterable[str]) -> list[FileEntry]:
         """Transfer in parallel; the first error stops the files not yet begun."""
         with ThreadPoolExecutor(self._num_workers) as pool:
-            list(pool.map(transfer, paths))
+            return list(pool.map(transfer, paths))

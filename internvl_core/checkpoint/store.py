@@ -32,7 +32,7 @@ from internvl_core.checkpoint.manifest import (
     CheckpointKind,
     FileEntry,
     Manifest,
-    describe_files,
+    list_files,
 )
 from internvl_core.checkpoint.probe import check_store
 from internvl_core.checkpoint.record import pack_record, unpack_record
@@ -108,14 +108,14 @@ class StageStore:
             StoreUnavailable, DiskFull: nothing is committed.
         """
         with translated(f"Reading {directory}"):
-            files = describe_files(directory)
-        if not files:
+            paths = list_files(directory)
+        if not paths:
             raise CheckpointError(f"{directory} contains no file, so there is nothing to publish.")
-        manifest = Manifest(self._stage, self._fingerprint, step, fence, kind, parent, info, files)
         # A folder of its own for each try: whatever a crashed or rival one left is never mixed in.
         save = f"{step:012d}.{fence:06d}.{secrets.token_hex(4)}"
         folder = f"{DATA_FOLDER}/{save}"
-        self._upload(directory, files, folder)
+        files = self._upload(directory, paths, folder)
+        manifest = Manifest(self._stage, self._fingerprint, step, fence, kind, parent, info, files)
         create_once(self._backend, f"{folder}/{MANIFEST_FILE}", manifest.to_bytes())
         name = CommitName(step, fence, kind)
         if not create_once(self._backend, name.path, pack_commit(name, save, manifest.digest)):
@@ -175,9 +175,9 @@ class StageStore:
                 return checkpoint, result
         return None
 
-    def _upload(self, directory: Path, files: Sequence[FileEntry], folder: str) -> None:
+    def _upload(self, directory: Path, paths: Sequence[str], folder: str) -> tuple[FileEntry, ...]:
         """Upload files and ask the store what arrived: a completed multipart upload is no proof that all parts did."""
-        self._backend.upload(directory, [entry.path for entry in files], folder)
+        files = tuple(self._backend.upload(directory, paths, folder))
         sizes_bytes = self._backend.get_sizes_bytes(folder)
         for entry in files:
             found = sizes_bytes.get(entry.path)
@@ -185,6 +185,7 @@ class StageStore:
                 raise StoreUnavailable(
                     f"{self.uri}/{folder}/{entry.path}: {found} bytes arrived, {entry.size_bytes} were sent."
                 )
+        return files
 
     def _read_handover(self, path: str) -> tuple[CheckpointRef, dict[str, Any]]:
         where = f"{self.uri}/{path}"

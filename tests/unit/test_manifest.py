@@ -15,7 +15,8 @@ from internvl_core.checkpoint.manifest import (
     FileEntry,
     Manifest,
     check_files,
-    describe_files,
+    describe_file,
+    list_files,
 )
 from internvl_core.checkpoint.record import pack_record
 from internvl_core.contract import CheckpointRef
@@ -55,6 +56,10 @@ MANIFEST = Manifest(
     info={"world_size": 2},
     files=(FileEntry("model.safetensors", 3, hashlib.sha256(b"abc").hexdigest()),),
 )
+
+
+def describe_files(directory: Path) -> tuple[FileEntry, ...]:
+    return tuple(describe_file(directory, path) for path in list_files(directory))
 
 
 @given(MANIFESTS)
