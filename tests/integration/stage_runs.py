@@ -1,22 +1,29 @@
-"""Stages as their tasks start them, small enough for a test: supervisor, torchrun, gloo ranks, a `file://` store."""
+"""Stages as their tasks start them, small enough for a test: supervisor, torchrun, gloo ranks, a `file://` store.
+
+To have something happen inside a rank at an exact point (raise at step 2 on rank 1, hang while the model
+loads, die between two files of a save), give `launch` or `run` faults: rank_faults.py has them.
+"""
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rank_faults import Fault, dump_faults
 from safetensors.torch import load_file
 
 from internvl_core.checkpoint.store import Commit, StageStore, fetch
 from internvl_core.contract import CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
-from tasks.launch import RunningStage, launch_stage
+from tasks.launch import RunningStage, build_command, launch_command, launch_stage
 
 DEADLINE_S = 240
 FINGERPRINT = "0" * 64
+FAULTY_RANK = Path(__file__).parent / "fakes" / "faulty_rank.py"
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ def launch(
     entry: str = "finetune",
     num_ranks: int = 2,
     start_from: CheckpointRef | None = None,
+    save_budget_s: float = 60,
+    faults: Sequence[Fault] = (),
 ) -> RunningStage:
     stage = StageFile(
         run_id="run",
@@ -110,9 +119,19 @@ def launch(
         store_uri=f"file://{store or directory.parent / 'store'}",
         start_from=start_from,
         resume=True,
-        save_budget_s=60,
+        save_budget_s=save_budget_s,
     )
-    return launch_stage(stage, directory)
+    return _launch_faulty(stage, directory, faults) if faults else launch_stage(stage, directory)
+
+
+def _launch_faulty(stage: StageFile, directory: Path, faults: Sequence[Fault]) -> RunningStage:
+    """Start the stage as `launch_stage` does, with ranks to which something happens."""
+    command = build_command(stage, directory)
+    start = command.index("-m", command.index("torch.distributed.run"))
+    command[start : start + 2] = [str(FAULTY_RANK), stage.entry, dump_faults(faults)]
+    directory.mkdir(parents=True, exist_ok=True)
+    stage.write(directory)
+    return launch_command(command, directory, stage.save_budget_s)
 
 
 def wait(running: RunningStage) -> Attempt:
