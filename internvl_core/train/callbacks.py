@@ -20,6 +20,9 @@ from internvl_core.train.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
+EMA_DECAY = 0.98
+"""Of `loss_ema`, for each step: a line that stands for n steps counts as n of its mean."""
+
 
 class MetricsCallback(TrainerCallback):
     """Append a line to metrics.jsonl at each log step, on rank 0; each step that is saved is one.
@@ -35,6 +38,7 @@ class MetricsCallback(TrainerCallback):
         self._last_time = 0.0
         self._last_step = 0
         self._began = 0.0
+        self._loss_ema: float | None = None
         self.first_step_s: float | None = None
         """From the beginning of training to the end of its first step: workers started, first samples read."""
 
@@ -43,6 +47,9 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         self._began = self._last_time = time.monotonic()
         self._last_step = state.global_step
+        # The curve of the checkpoint that is resumed from; nothing where training begins.
+        lines = self._metrics.read() if state.is_world_process_zero and state.global_step else []
+        self._loss_ema = lines[-1].get("loss_ema") if lines else None
         self._meter.restart()
 
     def on_step_end(
@@ -81,10 +88,13 @@ class MetricsCallback(TrainerCallback):
         now = time.monotonic()
         elapsed_s = max(now - self._last_time, 1e-9)
         steps = state.global_step - self._last_step
+        old_share = EMA_DECAY**steps if self._loss_ema is not None else 0.0
+        self._loss_ema = old_share * (self._loss_ema or 0.0) + (1 - old_share) * logs["loss"]
         self._metrics.append(
             step=state.global_step,
             max_steps=state.max_steps,
             loss=logs["loss"],
+            loss_ema=self._loss_ema,
             learning_rate=logs["learning_rate"],
             **{name: value for name, value in logs.items() if name.startswith("learning_rate/")},
             **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),

@@ -15,10 +15,12 @@ from typing import Any
 
 from internvl_core import __version__
 from internvl_core.checkpoint.manifest import CheckpointKind
-from internvl_core.checkpoint.store import StageStore, fetch, read_manifest
+from internvl_core.checkpoint.store import StageStore, read_manifest
+from internvl_core.checkpoint.training_files import LAYOUT_KEY, TrainingLayout, check_training_files
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.errors import CheckpointCorrupt
 from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.resume import fetch_checked
 
 logger = logging.getLogger(__name__)
 
@@ -41,34 +43,44 @@ class Committed:
 class StageCommits:
     """The commits of one stage in its store."""
 
-    def __init__(self, stage: StageFile, *, world_size: int, metrics: MetricsFile, cache_dir: Path) -> None:
+    def __init__(self, stage: StageFile, *, layout: TrainingLayout, metrics: MetricsFile, cache_dir: Path) -> None:
         self._store = StageStore(stage.store_uri, stage.stage, stage.fingerprint)
         self._stage = stage
         self._metrics = metrics
         self._cache_dir = cache_dir
         self._fence: int | None = None
+        self._layout = layout
         self._info: dict[str, Any] = {
             "run_id": stage.run_id,
             "attempt": stage.attempt,
             "entry": stage.entry,
             "arguments": stage.arguments,
-            "world_size": world_size,
+            "world_size": layout.world_size,
+            LAYOUT_KEY: asdict(layout),
             "versions": {"internvl-pipeline": __version__, **{library: version(library) for library in LIBRARIES}},
         }
 
     def find_newest(self) -> Committed | None:
-        """Fetch the newest checkpoint that this attempt may resume from; say which did not verify and why."""
+        """Fetch the newest checkpoint that this attempt may resume from; say which did not verify and why.
+
+        Raises:
+            CheckpointCorrupt: there are some, and none verifies: nobody trains a stage anew without a word.
+        """
+        passed_over: CheckpointCorrupt | None = None
         for checkpoint in self._iter_checkpoints():
             try:
                 manifest = read_manifest(checkpoint)
                 if not self._stage.resume and manifest.info["run_id"] != self._stage.run_id:
                     continue
-                path = fetch(checkpoint, self._cache_dir)
+                path = fetch_checked(checkpoint, manifest, self._layout, self._cache_dir)
             except CheckpointCorrupt as error:
                 logger.warning("Passed over a checkpoint: %s", error)
+                passed_over = error
                 continue
             info = manifest.info
             return Committed(checkpoint, manifest.kind, manifest.step, info["counters"], info["world_size"], path)
+        if passed_over is not None:
+            raise passed_over
         return None
 
     def publish(
@@ -86,6 +98,8 @@ class StageCommits:
             self._fence = self._store.next_fence()
         if self._metrics.path.exists():
             shutil.copyfile(self._metrics.path, directory / METRICS_FILE)
+        if kind is CheckpointKind.TRAINING:
+            check_training_files(directory, self._layout, step=step)
         started = time.monotonic()
         checkpoint = self._store.publish(
             directory,

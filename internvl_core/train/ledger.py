@@ -5,11 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from internvl_core.checkpoint.training_files import LEDGER_FILE
 from internvl_core.contract import write_json_atomically
 from internvl_core.data.quarantine import BadSample, QuarantineFile, check_bad_fraction
-
-LEDGER_FILE = "samples.json"
-"""In a training checkpoint: the counts up to its step."""
 
 
 class SampleLedger:

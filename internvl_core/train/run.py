@@ -38,6 +38,7 @@ from internvl_core.train.commit import Committed, StageCommits
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.resume import build_layout
 from internvl_core.train.sampler import StepSampler
 from internvl_core.train.stop_request import StopRequest
 from internvl_core.train.trainer import InternVLTrainer
@@ -81,7 +82,7 @@ class StageRun:
         self._directory = directory
         self._metrics = MetricsFile(directory / METRICS_FILE)
         self._commits = (
-            StageCommits(stage, world_size=training.world_size, metrics=self._metrics, cache_dir=self._cache_dir)
+            StageCommits(stage, layout=build_layout(training), metrics=self._metrics, cache_dir=self._cache_dir)
             if stage
             else None
         )

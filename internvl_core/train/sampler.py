@@ -14,14 +14,12 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
+from internvl_core.checkpoint.training_files import POSITION_FILE
 from internvl_core.contract import write_json_atomically
 from internvl_core.errors import CheckpointCorrupt
 from internvl_core.train.steps import Step, StepPlan
 
 logger = logging.getLogger(__name__)
-
-POSITION_FILE = "data_position.json"
-"""In a training checkpoint: where in the data its step stands."""
 
 _VERSION = 1
 

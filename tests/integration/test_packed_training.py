@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 from internvl_core.arguments import DataTrainingArguments, ModelArguments, parse_arguments
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore, fetch
+from internvl_core.checkpoint.training_files import LEDGER_FILE, POSITION_FILE
 from internvl_core.data.dataset import Sample, SupervisedDataset
 from internvl_core.data.encoding import Encoding
 from internvl_core.data.meta import load_meta
@@ -26,8 +27,6 @@ from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.data.tiles import normalise
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.model.load import build_model
-from internvl_core.train.ledger import LEDGER_FILE
-from internvl_core.train.sampler import POSITION_FILE
 from internvl_core.train.training_data import build_step_sampler, build_training_data, list_data_values
 from tasks.launch import RunningStage
 

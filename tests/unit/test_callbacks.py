@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 
 from internvl_core.data.quarantine import BadSample
 from internvl_core.errors import DataError, NonFinite, Reason
-from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
+from internvl_core.train.callbacks import EMA_DECAY, CommitCallback, ConsensusCallback, MetricsCallback
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
@@ -212,3 +212,24 @@ def test_only_rank_0_commits_what_was_saved() -> None:
     assert committed == []
     callback.on_save(arguments(), state(4), TrainerControl())
     assert committed == [(Path("out/checkpoint-4"), 4)]
+
+
+def test_the_mean_of_the_loss_goes_on_over_a_resume(ledger: SampleLedger, meter: StepMeter, tmp_path: Path) -> None:
+    losses = {2: 4.0, 4: 3.0, 5: 2.0, 8: 2.5}
+
+    def train(path: Path, *, first: int, last: int) -> list[float]:
+        metrics = MetricsFile(path)
+        callback = MetricsCallback(metrics, ledger, meter)
+        callback.on_train_begin(arguments(), state(first), TrainerControl())
+        for step, loss in losses.items():
+            if first < step <= last:
+                log(callback, state(step), loss=loss)
+        return [line["loss_ema"] for line in metrics.read()]
+
+    whole = train(tmp_path / "whole.jsonl", first=0, last=8)
+    assert whole[0] == 4.0
+    # A line of three steps weighs as three.
+    assert whole[3] == pytest.approx(whole[2] * EMA_DECAY**3 + 2.5 * (1 - EMA_DECAY**3))
+    train(tmp_path / "first.jsonl", first=0, last=4)
+    MetricsFile(tmp_path / "resumed.jsonl").continue_from(tmp_path / "first.jsonl", step=4)
+    assert train(tmp_path / "resumed.jsonl", first=4, last=8) == whole
