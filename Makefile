@@ -17,7 +17,7 @@ install: $(VENV)/.installed  ## Build .venv with everything, exactly pinned.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,smoke,s3,dev]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,smoke,s3,sftp,dev]'
 	touch $@
 
 smoke: install  ## Train a tiny InternVL through all four stages on the CPU.

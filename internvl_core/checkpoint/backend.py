@@ -16,7 +16,7 @@ from typing import Protocol
 from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import FileEntry
 from internvl_core.checkpoint.remote_backend import RemoteBackend
-from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
+from internvl_core.checkpoint.uri import FILE_PREFIX, SFTP_PREFIX, normalize_uri
 from internvl_core.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,21 @@ class Backend(Protocol):
         """Remove everything below a folder, in no order; a folder that is gone already is no error."""
 
 
-def open_backend(uri: str) -> LocalBackend | RemoteBackend:
+def open_backend(uri: str) -> Backend:
     """Open a store at a root; nothing is read or written yet.
 
     Raises:
         ArgumentError: the URI is not one that can be a store.
     """
     uri = normalize_uri(uri)
-    return LocalBackend(uri) if uri.startswith(FILE_PREFIX) else RemoteBackend(uri)
+    if uri.startswith(FILE_PREFIX):
+        return LocalBackend(uri)
+    if uri.startswith(SFTP_PREFIX):
+        # Late: its package is an extra.
+        from internvl_core.checkpoint.sftp_backend import SftpBackend
+
+        return SftpBackend(uri)
+    return RemoteBackend(uri)
 
 
 def create_once(backend: Backend, name: str, body: bytes) -> bool:

@@ -17,10 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internvl_core.checkpoint.backend import Backend, open_backend
-from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import MANIFEST_FILE, CheckpointKind, Manifest
 from internvl_core.checkpoint.record import pack_record, unpack_record
-from internvl_core.checkpoint.remote_backend import RemoteBackend
 from internvl_core.checkpoint.uri import normalize_uri
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
@@ -129,7 +127,7 @@ def is_save_uri(uri: str) -> bool:
     return _DATA_URI.fullmatch(normalize_uri(uri)) is not None
 
 
-def open_checkpoint(uri: str) -> tuple[LocalBackend | RemoteBackend, str]:
+def open_checkpoint(uri: str) -> tuple[Backend, str]:
     """Open the stage that a checkpoint's URI belongs to.
 
     Returns:

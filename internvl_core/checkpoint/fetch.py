@@ -10,11 +10,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from internvl_core.checkpoint.backend import Backend
 from internvl_core.checkpoint.commits import DATA_FOLDER, open_checkpoint, read_manifest
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import Manifest, check_entries, check_files, check_size
-from internvl_core.checkpoint.remote_backend import RemoteBackend
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
 
@@ -93,7 +93,7 @@ def _is_cached(target: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _download(backend: RemoteBackend, folder: str, manifest: Manifest, directory: Path) -> None:
+def _download(backend: Backend, folder: str, manifest: Manifest, directory: Path) -> None:
     uri = f"{backend.uri}/{folder}"
     sizes_bytes = backend.get_sizes_bytes(folder)
     for entry in manifest.files:

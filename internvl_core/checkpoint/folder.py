@@ -24,7 +24,7 @@ from internvl_core.checkpoint.commits import (
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.fetch import fetch
 from internvl_core.checkpoint.manifest import HASH_WORKERS, hash_file
-from internvl_core.checkpoint.remote_backend import RemoteBackend, open_filesystem
+from internvl_core.checkpoint.remote_backend import open_filesystem
 from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.errors import ArgumentError, StoreUnavailable
@@ -216,7 +216,7 @@ def _download(source: RemoteFolder, target: Path) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
     try:
         try:
-            RemoteBackend(source.uri).download("", sorted(source.files), temporary)
+            open_backend(source.uri).download("", sorted(source.files), temporary)
         except FileNotFoundError as error:
             raise StoreUnavailable(f"{source.uri}: a file vanished while it was downloaded: {error}.") from error
         for name, entry in source.files.items():

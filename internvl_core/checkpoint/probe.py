@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from threading import Thread
 
 from internvl_core.checkpoint.backend import Backend, open_backend
+from internvl_core.checkpoint.uri import normalize_store_uri
 from internvl_core.errors import CheckpointError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def check_store(store_uri: str) -> None:
         StoreUnavailable: it does not answer within 15 s, refuses, or lies about exclusive creation.
         DiskFull: there is no room for even a small file.
     """
-    backend = open_backend(store_uri)
+    backend = open_backend(normalize_store_uri(store_uri))
     outcome: Future[None] = Future()
 
     def probe() -> None:

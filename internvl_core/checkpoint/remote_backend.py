@@ -17,6 +17,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.manifest import FileEntry, describe_file
+from internvl_core.checkpoint.uri import SFTP_PREFIX
 
 # botocore's defaults wait 60 s for a connection and try 5 times: longer than a person waits for "wrong host".
 _S3_OPTIONS = {
@@ -33,10 +34,16 @@ _S3_PROTOCOLS = ("s3://", "s3a://")
 
 def open_filesystem(uri: str) -> Any:
     """Open the fsspec filesystem of a normal URI, with waiting times that a person can bear."""
-    options: dict[str, Any] = _S3_OPTIONS if uri.startswith(_S3_PROTOCOLS) else {}
+    # A cached listing would hide what another process wrote.
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if uri.startswith(_S3_PROTOCOLS):
+        options |= _S3_OPTIONS
+    elif uri.startswith(SFTP_PREFIX):
+        # sshfs caches nothing and knows no such option; its own default is to believe any host.
+        options = {"connect_timeout": 10, "known_hosts": ()}
     with translated(f"Opening {uri}"):
-        # A cached listing would hide what another process wrote.
-        return fsspec.filesystem(uri.partition("://")[0], use_listings_cache=False, **options)
+        filesystem, _ = fsspec.core.url_to_fs(uri, **options)
+    return filesystem
 
 
 class RemoteBackend:

@@ -36,7 +36,7 @@ from internvl_core.checkpoint.manifest import (
 )
 from internvl_core.checkpoint.probe import check_store
 from internvl_core.checkpoint.record import pack_record, unpack_record
-from internvl_core.checkpoint.uri import is_checkpoint_uri, normalize_uri
+from internvl_core.checkpoint.uri import is_checkpoint_uri, normalize_store_uri
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import (
     ArgumentError,
@@ -73,7 +73,7 @@ class StageStore:
         for name in (stage, fingerprint):
             if not _PLAIN_NAME.fullmatch(name):
                 raise ArgumentError(f"{name!r} cannot name a folder of a store. Use letters, digits, '.', '_', '-'.")
-        self._backend = open_backend(f"{normalize_uri(store_uri)}/{stage}-{fingerprint[:16]}")
+        self._backend = open_backend(f"{normalize_store_uri(store_uri)}/{stage}-{fingerprint[:16]}")
         self._stage = stage
         self._fingerprint = fingerprint
 

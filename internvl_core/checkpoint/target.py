@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internvl_core.checkpoint.backend import open_backend
+from internvl_core.checkpoint.backend import Backend, open_backend
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.local_backend import LocalBackend
-from internvl_core.checkpoint.remote_backend import RemoteBackend
 from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri
 from internvl_core.errors import ArgumentError, StoreUnavailable
 
@@ -21,7 +20,7 @@ from internvl_core.errors import ArgumentError, StoreUnavailable
 class TargetFolder:
     """Where files are written, and from where they go to the target."""
 
-    def __init__(self, uri: str, folder: Path, backend: RemoteBackend | None) -> None:
+    def __init__(self, uri: str, folder: Path, backend: Backend | None) -> None:
         self.uri = uri
         self.folder = folder
         """Write here, under the name that the file is to have."""
@@ -70,7 +69,7 @@ def open_target(uri: str, *, scratch_dir: Path) -> Iterator[TargetFolder]:
         folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=scratch_dir))
     try:
         # One level up, where the backend can name the folder.
-        yield TargetFolder(uri, folder, RemoteBackend(uri.rpartition("/")[0]))
+        yield TargetFolder(uri, folder, open_backend(uri.rpartition("/")[0]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,18 +4,25 @@ URIs are `str` everywhere: `pathlib` would fold the double slash. Nothing here r
 address carries before an `@` or after a `?`: those are secrets more often than not.
 """
 
+import importlib
 import posixpath
 import re
 
 import fsspec
+from fsspec.registry import known_implementations
 
 from internvl_core.errors import ArgumentError
 
 FILE_PREFIX = "file://"
+SFTP_PREFIX = "sftp://"
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?P<separator>://|::)(?P<rest>.*)", re.DOTALL)
+# Of a store: every protocol whose exclusive creation is known to be one, of those that fsspec brings. Never http, by
+# which a URI could reach whatever this machine can, nor one that only wraps another.
+STORE_PROTOCOLS = {"file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "sftp"}
+
 # The extra of our distribution that installs a protocol's fsspec package.
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "sftp": "sftp"}
 
 
 def is_checkpoint_uri(text: str) -> bool:
@@ -55,9 +62,22 @@ def normalize_uri(text: str) -> str:
     return f"{protocol}://{rest}"
 
 
+def normalize_store_uri(text: str) -> str:
+    """Check the address of a store, which more is asked of than of a folder to read from; else as `normalize_uri`."""
+    # Before its package is looked for: what cannot be a store need not be installed.
+    protocol = text.partition("://")[0].lower() if "://" in text and "::" not in text else "file"
+    if protocol != "local" and protocol not in STORE_PROTOCOLS and protocol in known_implementations:
+        known = ", ".join(sorted(STORE_PROTOCOLS))
+        raise ArgumentError(f"{protocol}:// cannot be a checkpoint store. Choose another store: {known} can.")
+    return normalize_uri(text)
+
+
 def _check_protocol(protocol: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
+        if protocol == "sftp":
+            # fsspec would be content with paramiko, whose creation is not exclusive.
+            importlib.import_module("sshfs")
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'internvl-pipeline[{extra}]'" if extra else str(error)

@@ -173,3 +173,17 @@ class TestS3Backend(SharedBackendContract):
     @pytest.fixture
     def store_uri(self, s3_bucket_uri: str) -> str:
         return f"{s3_bucket_uri}/runs"
+
+
+@pytest.mark.integration
+class TestSftpBackend(SharedBackendContract):
+    @pytest.fixture
+    def store_uri(self, sftp_uri: str) -> str:
+        return sftp_uri
+
+
+@pytest.mark.integration
+class TestOpenSshBackend(SharedBackendContract):
+    @pytest.fixture
+    def store_uri(self, openssh_uri: str) -> str:
+        return openssh_uri

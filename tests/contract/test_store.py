@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.remote_backend import open_filesystem
 from internvl_core.checkpoint.store import (
     StageStore,
     check_store,
@@ -54,14 +54,19 @@ def read_files(directory: Path) -> dict[str, bytes]:
     return found
 
 
+def open_uri(uri: str) -> tuple[Any, str]:
+    filesystem = open_filesystem(uri)
+    return filesystem, filesystem._strip_protocol(uri)
+
+
 def overwrite(uri: str, change: Callable[[bytes], bytes]) -> None:
     """Change an object behind the store's back."""
-    filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+    filesystem, path = open_uri(uri)
     filesystem.pipe_file(path, change(filesystem.cat_file(path)))
 
 
 def remove(uri: str) -> None:
-    filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+    filesystem, path = open_uri(uri)
     filesystem.rm_file(path)
 
 
@@ -96,7 +101,7 @@ class StoreContract:
 
     def test_the_probe_accepts_the_store_and_leaves_nothing_behind(self, store_uri: str) -> None:
         check_store(store_uri)
-        filesystem, path = fsspec.url_to_fs(store_uri, use_listings_cache=False)
+        filesystem, path = open_uri(store_uri)
         assert filesystem.find(path) == []
 
     def test_what_is_published_is_fetched_unchanged(self, publish: Publish, tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ class StoreContract:
 
     def test_a_whole_manifest_of_another_checkpoint_is_not_believed(self, store: StageStore, publish: Publish) -> None:
         older, newer = publish(10), publish(20)
-        filesystem, path = fsspec.url_to_fs(f"{older.uri}/MANIFEST", use_listings_cache=False)
+        filesystem, path = open_uri(f"{older.uri}/MANIFEST")
         manifest = filesystem.cat_file(path)
         overwrite(f"{newer.uri}/MANIFEST", lambda _: manifest)
         assert store.find_newest() == older
@@ -241,7 +246,7 @@ class StoreContract:
     def test_a_record_under_another_name_is_not_believed(self, store: StageStore, publish: Publish) -> None:
         publish(10)
         older, newer = publish(20), publish(30)
-        filesystem, path = fsspec.url_to_fs(commit_uri(store, 20), use_listings_cache=False)
+        filesystem, path = open_uri(commit_uri(store, 20))
         record = filesystem.cat_file(path)
         overwrite(commit_uri(store, 30), lambda _: record)
         assert store.find_newest() == older

@@ -47,6 +47,14 @@ def test_an_unknown_protocol_is_refused() -> None:
         check_store("s4://bucket/runs")
 
 
+@pytest.mark.parametrize("text", ["http://169.254.169.254/latest/meta-data", "https://host/runs", "hf://owner/model"])
+def test_what_can_be_read_from_but_holds_no_lock_is_no_store(text: str) -> None:
+    with pytest.raises(ArgumentError, match=r"cannot be a checkpoint store\. Choose another store: abfs, az, file, "):
+        check_store(text)
+    with pytest.raises(ArgumentError, match="cannot be a checkpoint store"):
+        StageStore(text, "stage2", "ab" * 32)
+
+
 def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     # s3a: the class of s3 may be loaded already.
     missing = {"class": "no_such_package.S3", "err": "Install it"}
