@@ -25,8 +25,18 @@ RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.json"
 LOG_FILE = "trainer.log"
 
+STATE_FILE = "supervisor.json"
+"""Written by the supervisor: state, pid, started, step, exit_code, reason, killed."""
+STACKS_DIR = "stacks"
+STACKS_DIR_VARIABLE = "INTERNVL_STACKS_DIR"
+"""Environment variable with the folder where each rank writes the stacks of its threads when it is asked to."""
+
 SUPERVISOR_SOCKET_VARIABLE = "INTERNVL_SUPERVISOR_SOCKET"
 """Environment variable with the name of the supervisor's abstract unix socket, without the NUL."""
+
+
+def get_stacks_path(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank}.txt"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@
     |- GateNotPassed                     65  a stage trained, but its held-out score is below the recipe's gate
     `- StageError                            read from a stage's failure.json
        |- OutOfMemory                    71
-       |- Preempted                      75  retried: stopped on request, checkpoint committed
+       |- Preempted                      75  retried: stopped on request; the message says what is committed
        |- Stalled                        77  retried
        |- NonFinite                      78
        |- WorkerLost                     79  retried: a process died without a word
@@ -146,7 +146,7 @@ class OutOfMemory(StageError):
 
 
 class Preempted(StageError):
-    """Stopped on request after committing a checkpoint."""
+    """Stopped on request: with a new checkpoint, or before there was anything to save, or not waited for."""
 
     exit_code = 75
     is_retryable = True

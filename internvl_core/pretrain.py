@@ -2,13 +2,14 @@
 
 import time
 
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 if __name__ == "__main__":
     started = time.monotonic()
     # Before seconds of imports: a rank without an owner must end, and a stop must be heard.
-    stop_request = StopRequest.connect()
+    link = SupervisorLink.connect()
+    link.hear_signals()
 
     from internvl_core.train.entry import main
 
-    main("pretrain", stop_request, started)
+    main("pretrain", link, started)

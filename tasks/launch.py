@@ -6,6 +6,7 @@ trainer behind; whoever dies inside it closes a pipe, which asks the supervisor 
 
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -18,8 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from internvl_core.argument_rules import resolve_arguments
 from internvl_core.contract import LOG_FILE, METRICS_FILE, StageFailure, StageFile, StageResult
 from internvl_core.errors import ArgumentError, InternVLError, LeaseHeld, WorkerLost, find_error_class
+from internvl_core.watchdog import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ def build_command(stage: StageFile, attempt_dir: Path) -> list[str]:
         *("--nnodes=1", f"--nproc-per-node={num_ranks}"),
         # Port 0: the kernel picks a free one, so that runs on one machine never meet.
         *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        # Between a SIGTERM to torchrun and its kill of the ranks; its default of 30 s cuts a save short.
+        f"--shutdown-timeout={math.ceil(stage.save_budget_s)}",
         # Its default is /tmp, where a killed torchrun leaves a directory behind.
         f"--log-dir={attempt_dir / 'torchrun'}",
         *("-m", f"internvl_core.{stage.entry}"),
@@ -98,15 +103,28 @@ def launch_stage(stage: StageFile, attempt_dir: Path, *, lock: int | None = None
     command = build_command(stage, attempt_dir)
     attempt_dir.mkdir(parents=True, exist_ok=True)
     stage.write(attempt_dir)
-    return launch_command(command, attempt_dir, stage.save_budget_s, lock=lock)
+    return launch_command(command, attempt_dir, get_limits(stage), lock=lock)
+
+
+def get_limits(stage: StageFile) -> Limits:
+    """Get how long a stage may be without progress, from its arguments and their defaults."""
+    names = ("setup_limit_s", "stall_limit_s")
+    values = resolve_arguments({name: stage.arguments[name] for name in names if name in stage.arguments})
+    setup_s, stall_s = (values[name] for name in names)
+    return Limits(setup_s=setup_s, stall_s=stall_s, save_s=stage.save_budget_s)
 
 
 def launch_command(
-    command: Sequence[str], attempt_dir: Path, save_budget_s: float, *, lock: int | None = None
+    command: Sequence[str], attempt_dir: Path, limits: Limits, *, lock: int | None = None
 ) -> "RunningStage":
     """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
     supervisor = [sys.executable, "-m", "internvl_core.supervisor"]
-    options = [f"--attempt-dir={attempt_dir}", f"--save-budget={save_budget_s}"]
+    options = [
+        f"--attempt-dir={attempt_dir}",
+        f"--save-budget={limits.save_s}",
+        f"--setup-limit={limits.setup_s}",
+        f"--stall-limit={limits.stall_s}",
+    ]
     with (attempt_dir / SUPERVISOR_LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
             [*supervisor, *options, "--", *command],
@@ -117,7 +135,7 @@ def launch_command(
             pass_fds=() if lock is None else (lock,),
         )
     logger.info("supervisor %d runs %s", process.pid, shlex.join(command))
-    return RunningStage(process, attempt_dir, save_budget_s)
+    return RunningStage(process, attempt_dir, limits.save_s)
 
 
 class RunningStage:

@@ -2,13 +2,19 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import fsspec
 import hypothesis
 import pytest
+from supervised import DEADLINE_S, FAKES, MARK, SupervisedAttempt
+
+from internvl_core.watchdog import Limits
+from tasks.launch import RunningStage, launch_command
 
 # Before any test imports Prefect, which makes its home then: neither the user's nor that of the last run.
 PREFECT_HOME = tempfile.mkdtemp(prefix="internvl-tests-")
@@ -53,3 +59,37 @@ def s3_bucket_uri(s3_endpoint: str) -> str:
     bucket = f"runs-{uuid.uuid4().hex}"
     fsspec.filesystem("s3", endpoint_url=s3_endpoint).mkdir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SupervisedAttempt]:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("PYTHONPATH", str(FAKES.parents[2]))
+    attempt = SupervisedAttempt(tmp_path, mark)
+    yield attempt
+    for pid in attempt.find_processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def launch(attempt: SupervisedAttempt) -> Iterator[Callable[..., RunningStage]]:
+    """Launch a command in the attempt; what still runs at the end of the test is stopped."""
+    launched: list[RunningStage] = []
+
+    def launch(
+        *command: object,
+        save_budget_s: float = DEADLINE_S,
+        setup_limit_s: float = 10 * DEADLINE_S,
+        stall_limit_s: float = 10 * DEADLINE_S,
+    ) -> RunningStage:
+        limits = Limits(setup_s=setup_limit_s, stall_s=stall_limit_s, save_s=save_budget_s)
+        running = launch_command([str(item) for item in command], attempt.directory, limits)
+        launched.append(running)
+        return running
+
+    yield launch
+    for running in launched:
+        running.ask_to_stop()
+        running.process.kill()
+        running.process.wait()

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -22,11 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_held_out(
-    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, encoder: QuestionEncoder, arguments: Arguments
+    model: GenerationMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: QuestionEncoder,
+    arguments: Arguments,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Score the model on the held-out meta file by exact match.
 
-    Every rank answers each `world_size`-th question; all return the same scores.
+    Every rank answers each `world_size`-th question; all return the same scores. `on_batch` is called
+    before each batch of them; what it raises ends the evaluation.
 
     Returns:
         `accuracy` and `accuracy/<dataset>`, 0 to 1; empty without `eval_meta_path`.
@@ -37,7 +43,8 @@ def evaluate_held_out(
     cache_dir = Path(arguments.extension.cache_dir).expanduser()
     questions = load_questions(arguments.extension.eval_meta_path, cache_dir)
     shares = [questions[each::world_size] for each in range(world_size)]
-    answers = list(iter_answers(model, tokenizer, encoder, shares[rank], arguments))
+    answers = list(iter_answers(model, tokenizer, encoder, shares[rank], arguments, on_batch=on_batch))
+    on_batch()
     if is_deepspeed_zero3_enabled():
         _keep_step(model, tokenizer, encoder, shares, rank, arguments)
     correct, asked = count_matches(shares[rank], answers)
@@ -54,6 +61,8 @@ def iter_answers(
     encoder: QuestionEncoder,
     questions: list[Question],
     arguments: Arguments,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Yield the greedy answer to each question, `per_device_eval_batch_size` of them at a time.
 
@@ -61,6 +70,7 @@ def iter_answers(
     """
     model.eval()
     for end_token_id, batch in _iter_batches(encoder, questions, arguments):
+        on_batch()
         prompts = [encoder.encode(question) for question in batch]
         yield from _generate(model, tokenizer, prompts, arguments, end_token_id)
 

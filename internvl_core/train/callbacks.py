@@ -12,11 +12,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from internvl_core.errors import NonFinite
+from internvl_core.progress import Phase
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.sampler import StepSampler
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +108,37 @@ class MetricsCallback(TrainerCallback):
         self._last_time, self._last_step = now, state.global_step
 
 
+class ProgressCallback(TrainerCallback):
+    """Tell the supervisor of each batch and step, before the ranks wait for each other."""
+
+    def __init__(self, link: SupervisorLink) -> None:
+        self._link = link
+        # The first step is set up as well: workers start, kernels are compiled.
+        self._phase = Phase.SETUP
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._link.tell(self._phase, state.global_step)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._link.tell(self._phase, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._phase = Phase.STEP
+        self._link.tell(self._phase, state.global_step)
+
+
 class ConsensusCallback(TrainerCallback):
     """What the ranks tell each other after each step: stop requests, bad samples, tokens, waits.
 
     One all-reduce carries it all. All ranks save and leave at the same step, when any of them was asked to stop.
     """
 
-    def __init__(self, stop_request: StopRequest, ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
-        self._stop_request = stop_request
+    def __init__(self, link: SupervisorLink, ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
+        self._link = link
         self._ledger = ledger
         self._meter = meter
         self._sampler = sampler
@@ -132,7 +156,7 @@ class ConsensusCallback(TrainerCallback):
         # In each step: ranks that left at different steps would hang.
         measured = self._meter.take()
         told = torch.tensor(
-            [int(self._stop_request.is_set), *measured, *self._ledger.take()], device=args.device, dtype=torch.int64
+            [int(self._link.is_set), *measured, *self._ledger.take()], device=args.device, dtype=torch.int64
         )
         if dist.is_initialized():
             dist.all_reduce(told)
@@ -146,6 +170,8 @@ class ConsensusCallback(TrainerCallback):
             self.is_stopping = True
             control.should_save = True
             control.should_training_stop = True
+        if control.should_save:
+            self._link.tell(Phase.SAVE, state.global_step)
         return control
 
     def _end_epoch(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, epoch: float) -> None:
@@ -169,3 +195,22 @@ class CommitCallback(TrainerCallback):
             self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         if dist.is_initialized():
             dist.barrier()
+
+
+class StopAfterSaveCallback(TrainerCallback):
+    """Stop after a save during which a stop was asked for, without a second one; place it behind the commit."""
+
+    def __init__(self, link: SupervisorLink, consensus: ConsensusCallback) -> None:
+        self._link = link
+        self._consensus = consensus
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        asked = torch.tensor([int(self._link.is_set)], device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        if asked.item() and state.global_step < state.max_steps:
+            self._consensus.is_stopping = True
+            control.should_training_stop = True
+        return control

@@ -21,14 +21,16 @@ from internvl_core.arguments import parse_arguments
 from internvl_core.contract import StageFailure, StageFile
 from internvl_core.errors import InternVLError, OutOfMemory, WorkerLost
 from internvl_core.train.run import StageRun
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
 
+# Of gloo, and of the store through which ranks find each other.
+_LOST_PEER = re.compile(r"gloo/.*(Connection|Socket|[Tt]imed out|Broken pipe)|Connection (closed|reset) by peer")
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
 
 
-def main(entry: str, stop_request: StopRequest, started: float) -> None:
+def main(entry: str, link: SupervisorLink, started: float) -> None:
     """Run a stage with the process's command line and exit with the error tree's code."""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {_rank()}] %(name)s: %(message)s")
     attempt_dir: Path | None = None
@@ -39,13 +41,13 @@ def main(entry: str, stop_request: StopRequest, started: float) -> None:
         attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
         check_arguments(arguments.to_values(), entry=entry)
         stage = StageFile.get(attempt_dir) if attempt_dir else None
-        StageRun(arguments, stage, stop_request, started, entry=entry).run()
+        StageRun(arguments, stage, link, started, entry=entry).run()
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
-        _report_failure(error, attempt_dir)
+        _report_failure(error, attempt_dir, link)
     # Libraries' threads now and then abort the interpreter on its way out, and a finished stage would count as lost.
-    _leave(0)
+    _leave(0, link)
 
 
 def _find_attempt_dir(items: Sequence[str]) -> Path | None:
@@ -67,21 +69,32 @@ def classify(error: BaseException) -> BaseException:
     return _unwrap_worker_error(error) if isinstance(error, InternVLError) else error
 
 
-def _report_failure(error: BaseException, attempt_dir: Path | None) -> None:
+def _report_failure(error: BaseException, attempt_dir: Path | None, link: SupervisorLink) -> None:
     """Write failure.json and leave at once; the supervisor ends the other ranks."""
     if isinstance(error, SystemExit) and not error.code:
         return
+    if attempt_dir is not None and _is_about_a_peer(error):
+        # A symptom. Who vanished has told the cause, or the supervisor finds it.
+        logger.error("This rank leaves, for another one is gone: %s", str(error).partition("\n")[0])
+        _leave(WorkerLost.exit_code, link)
     error = classify(error)
     failure = StageFailure.from_exception(error, rank=_rank())
+    is_first = True
     if attempt_dir is not None:
         with suppress(OSError):  # a full disk must not hide the cause, which is logged below
-            failure.write_first(attempt_dir)
-    if isinstance(error, InternVLError):
+            is_first = failure.write_first(attempt_dir)
+    if isinstance(error, InternVLError) or not is_first:
         logger.error("%s: %s", failure.error, failure.message)
     else:
         logger.error("%s", failure.message, exc_info=error)
     # Not sys.exit: interpreter exit would wait for collectives that other ranks never join.
-    _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code)
+    _leave(error.exit_code if isinstance(error, InternVLError) else InternVLError.exit_code, link)
+
+
+def _is_about_a_peer(error: BaseException) -> bool:
+    """Tell what torch raises in a rank whose partner in a collective is gone."""
+    is_network = isinstance(error, (dist.DistNetworkError, dist.DistBackendError))
+    return is_network or (isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None)
 
 
 def _unwrap_worker_error(error: InternVLError) -> InternVLError:
@@ -98,8 +111,9 @@ def _unwrap_worker_error(error: InternVLError) -> InternVLError:
     return unwrapped
 
 
-def _leave(exit_code: int) -> NoReturn:
+def _leave(exit_code: int, link: SupervisorLink) -> NoReturn:
     """End the process without the interpreter's teardown."""
+    link.leave()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -33,14 +33,21 @@ from internvl_core.model.load import LoadedModel, build_model, fetch_sources, lo
 from internvl_core.model.sources import describe_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
-from internvl_core.train.callbacks import CommitCallback, ConsensusCallback, MetricsCallback
+from internvl_core.progress import Phase
+from internvl_core.train.callbacks import (
+    CommitCallback,
+    ConsensusCallback,
+    MetricsCallback,
+    ProgressCallback,
+    StopAfterSaveCallback,
+)
 from internvl_core.train.commit import Committed, StageCommits
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.resume import build_layout
 from internvl_core.train.sampler import StepSampler
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 from internvl_core.train.trainer import InternVLTrainer
 from internvl_core.train.training_data import (
     build_collator,
@@ -60,14 +67,14 @@ class StageRun:
     """
 
     def __init__(
-        self, arguments: Arguments, stage: StageFile | None, stop_request: StopRequest, started: float, *, entry: str
+        self, arguments: Arguments, stage: StageFile | None, link: SupervisorLink, started: float, *, entry: str
     ) -> None:
         # On the monotonic clock, before the seconds of imports, which are setup too.
         self._started = started
         self._arguments = arguments
         self._is_packed = is_packed(arguments.to_values(), entry=entry)
         self._stage = stage
-        self._stop_request = stop_request
+        self._link = link
         self._seconds: dict[str, float] = {}
         self._start: CheckpointRef | None = None
         self._base: BaseModel | None = None
@@ -90,6 +97,7 @@ class StageRun:
     def run(self) -> None:
         """Train from where the stage stands, evaluate, and hand the result over."""
         newest = self._find_newest()
+        self._leave_early()
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
             loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir, dtype=self._dtype)
@@ -107,6 +115,7 @@ class StageRun:
             final = self._save_final(trainer, counters)
             trained = trainer.model
         scores = self._evaluate(trained, loaded)
+        self._link.tell(Phase.FINISH)
         if self._commits is None or final is None or not self._is_rank_zero:
             return
         result = StageResult(step, final, {**self._summarize_curve(), **scores}, counters, self._seconds)
@@ -200,6 +209,12 @@ class StageRun:
             return BaseModel("checkpoint", self._start.uri, self._start.digest)
         return describe_base(model.model_name_or_path, self._cache_dir)
 
+    def _leave_early(self) -> None:
+        """Leave if that was asked for before there is anything to save."""
+        self._link.tell(Phase.SETUP)
+        if self._link.is_set:
+            raise Preempted("Stopped on request before the first step; nothing was lost.")
+
     def _open_ledger(self, dataset: SupervisedDataset, newest: Committed | None) -> SampleLedger:
         ledger = SampleLedger(
             dataset.dataset_names,
@@ -224,11 +239,12 @@ class StageRun:
             resume_from=newest.path if newest else None,
         )
         meter = StepMeter(sampler.share, get_pack_limits(arguments) if self._is_packed else None)
-        consensus = ConsensusCallback(self._stop_request, ledger, meter, sampler)
+        consensus = ConsensusCallback(self._link, ledger, meter, sampler)
         curve = MetricsCallback(self._metrics, ledger, meter)
-        callbacks = [consensus, curve]
+        callbacks = [ProgressCallback(self._link), consensus, curve]
         if self._commits is not None:
             callbacks.append(CommitCallback(partial(self._publish_training, ledger, sampler)))
+        callbacks.append(StopAfterSaveCallback(self._link, consensus))
         if self._is_packed:
             use_packed_attention(loaded.model, self._choose_attention())
         trainer = InternVLTrainer(
@@ -244,8 +260,7 @@ class StageRun:
             processing_class=loaded.tokenizer,
             callbacks=callbacks,
         )
-        if self._stop_request.is_set:
-            raise Preempted("Stopped on request before the first step; nothing was lost.")
+        self._leave_early()
         if newest is not None:
             logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
             self._continue_curve(newest)
@@ -274,6 +289,7 @@ class StageRun:
             self._metrics.continue_from(newest.path / METRICS_FILE, step=newest.step)
 
     def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> CheckpointRef | None:
+        self._link.tell(Phase.FINISH, trainer.state.global_step)
         final_dir = self._output_dir / "final" if self._stage else self._output_dir
         if self._arguments.model.model_name_or_path is None or self._arguments.model.mlp_path is not None:
             # An adapter is of use only with its base, and components, or a projector put into a model, are none.
@@ -289,9 +305,17 @@ class StageRun:
         started = time.monotonic()
         use_padded_attention(model)
         encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(list_data_values(self._arguments)))
-        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments)
+        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments, on_batch=self._note_answers)
         self._seconds["evaluate"] = time.monotonic() - started
         return scores
+
+    def _note_answers(self) -> None:
+        self._link.tell(Phase.EVALUATE)
+        if self._link.is_set:
+            raise Preempted(
+                "Stopped on request during the evaluation: the trained weights are committed, only the evaluation is "
+                "left."
+            )
 
     def _encoding(self, loaded: LoadedModel) -> Encoding:
         encoder = TextEncoder.from_tokenizer(loaded.tokenizer)

@@ -4,6 +4,7 @@ Loss: the mean over supervised tokens, each with its weight, over all ranks and 
 at once. So it does not depend on how a step's samples fall to them.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from internvl_core.model.adapters import find_saved_modules, fold_adapters, load
 from internvl_core.model.save import save_model
 from internvl_core.model.skeleton import fill
 from internvl_core.model.sources import open_whole
+from internvl_core.stop_signals import STOP_SIGNALS
 from internvl_core.train.gradient_check import GradientCheck
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
@@ -66,6 +68,7 @@ class InternVLTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=_ignore_stops,
             # Its own: the loader's first draw would move the generator that a resumed run has just restored.
             generator=torch.Generator().manual_seed(args.seed),
         )
@@ -178,3 +181,9 @@ class InternVLTrainer(Trainer):
         if self._decay_all:
             return [name for name, _ in model.named_parameters()]
         return list(super().get_decay_parameter_names(model))
+
+
+def _ignore_stops(worker: int) -> None:
+    """Let a worker live through the SIGTERM that torchrun sends to whole groups: its rank still has a step to end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

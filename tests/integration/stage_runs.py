@@ -19,7 +19,7 @@ from internvl_core.checkpoint.store import Commit, StageStore, fetch
 from internvl_core.contract import CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
-from tasks.launch import RunningStage, build_command, launch_command, launch_stage
+from tasks.launch import RunningStage, build_command, get_limits, launch_command, launch_stage
 
 DEADLINE_S = 240
 FINGERPRINT = "0" * 64
@@ -131,7 +131,7 @@ def _launch_faulty(stage: StageFile, directory: Path, faults: Sequence[Fault]) -
     command[start : start + 2] = [str(FAULTY_RANK), stage.entry, dump_faults(faults)]
     directory.mkdir(parents=True, exist_ok=True)
     stage.write(directory)
-    return launch_command(command, directory, stage.save_budget_s)
+    return launch_command(command, directory, get_limits(stage))
 
 
 def wait(running: RunningStage) -> Attempt:

@@ -8,128 +8,25 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from supervised import (
+    AGENT,
+    DEADLINE_S,
+    FAKES,
+    POLL_S,
+    TRAINER,
+    build_torchrun,
+    launch_ranks,
+    wait_for,
+    wait_for_exit,
+)
 
-from internvl_core.contract import LOG_FILE, SUPERVISOR_SOCKET_VARIABLE, StageFailure, StageFile
+from internvl_core.contract import LOG_FILE, SUPERVISOR_SOCKET_VARIABLE, StageFailure
 from internvl_core.errors import InternVLError, LeaseHeld, NonFinite, Preempted, WorkerLost
-from internvl_core.supervisor import STATE_FILE
-from tasks.launch import RunningStage, build_command, launch_command
 
 pytestmark = pytest.mark.integration
-
-FAKES = Path(__file__).with_name("fakes")
-MARK = "INTERNVL_TEST_MARK"
-DEADLINE_S = 30.0
-POLL_S = 0.02
-
-AGENT = [sys.executable, str(FAKES / "agent.py")]
-TRAINER = [sys.executable, str(FAKES / "trainer.py")]
-
-
-class Attempt:
-    """One attempt's directory, the processes that bear its mark, and what they left there."""
-
-    def __init__(self, directory: Path, mark: str) -> None:
-        self.directory = directory
-        self._mark = f"{MARK}={mark}".encode()
-
-    def find_processes(self) -> dict[int, str]:
-        """Find the living processes of this attempt, by the mark in their environment."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit() or int(entry.name) == os.getpid():
-                continue
-            try:
-                if self._mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-        return found
-
-    def read_state(self) -> dict[str, object]:
-        return json.loads((self.directory / STATE_FILE).read_text())
-
-    def get_rank_pid(self, rank: int) -> int:
-        return int((self.directory / f"rank-{rank}.pid").read_text())
-
-    def has_saved(self) -> bool:
-        return all((self.directory / f"rank-{rank}.saved").exists() for rank in (0, 1))
-
-    def wait_for_ranks(self) -> None:
-        wait_for(lambda: all((self.directory / f"rank-{rank}.pid").exists() for rank in (0, 1)), "two ranks")
-
-    def check_nothing_is_left(self) -> None:
-        wait_for(lambda: not self.find_processes(), lambda: f"no process left: {self.find_processes()}")
-
-
-def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > end:
-            pytest.fail(f"waited {DEADLINE_S:g} s for {what if isinstance(what, str) else what()}")
-        time.sleep(POLL_S)
-
-
-@pytest.fixture
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt]:
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
-    monkeypatch.setenv("PYTHONPATH", str(FAKES.parents[2]))
-    attempt = Attempt(tmp_path, mark)
-    yield attempt
-    for pid in attempt.find_processes():
-        os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def launch(attempt: Attempt) -> Iterator[Callable[..., RunningStage]]:
-    """Launch a command in the attempt; what still runs at the end of the test is stopped."""
-    launched: list[RunningStage] = []
-
-    def launch(*command: object, save_budget_s: float = DEADLINE_S) -> RunningStage:
-        running = launch_command([str(item) for item in command], attempt.directory, save_budget_s)
-        launched.append(running)
-        return running
-
-    yield launch
-    for running in launched:
-        running.ask_to_stop()
-        running.process.kill()
-        running.process.wait()
-
-
-def launch_ranks(launch: Callable[..., RunningStage], attempt: Attempt, *options: str, **budget: float) -> RunningStage:
-    running = launch(*AGENT, f"--attempt_dir={attempt.directory}", *options, **budget)
-    attempt.wait_for_ranks()
-    return running
-
-
-def build_torchrun(attempt: Attempt, script: str, *options: str) -> list[str]:
-    """Take the very torchrun of a stage, with a fake in place of the trainer's entry."""
-    stage = StageFile(
-        run_id="test",
-        stage="one",
-        attempt=1,
-        fingerprint="0" * 64,
-        entry="pretrain",
-        arguments={},
-        launcher={"kind": "local", "nnodes": 1, "nproc_per_node": 2},
-        store_uri="file:///nowhere",
-        start_from=None,
-        resume=False,
-        save_budget_s=DEADLINE_S,
-    )
-    command = build_command(stage, attempt.directory)
-    start = command.index("-m", command.index("torch.distributed.run"))
-    assert command[start:] == ["-m", "internvl_core.pretrain", f"--attempt_dir={attempt.directory}"]
-    return [*command[:start], str(FAKES / script), command[-1], *options]
-
-
-def wait_for_exit(running: RunningStage) -> int:
-    return running.process.wait(DEADLINE_S)
 
 
 # Real torchrun
@@ -203,10 +100,8 @@ def test_a_third_signal_kills_at_once(attempt, launch):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(running.pid, number)
 
-    assert wait_for_exit(running) == 79
-    with pytest.raises(
-        WorkerLost, match=r"Stopped on request before a checkpoint was committed: SIG.* not to be waited"
-    ):
+    assert wait_for_exit(running) == 75
+    with pytest.raises(Preempted, match=r"Stopped on request without a new checkpoint: SIG.* not to be waited"):
         running.result()
     attempt.check_nothing_is_left()
 
@@ -237,7 +132,7 @@ def test_a_stop_before_any_rank_is_up_does_not_wait(attempt, launch):
 
     running.ask_to_stop()
 
-    assert wait_for_exit(running) == 79
+    assert wait_for_exit(running) == 75
     assert "no rank was up yet" in StageFailure.get(attempt.directory).message
     attempt.check_nothing_is_left()
 
@@ -318,7 +213,8 @@ def test_a_flow_that_dies_or_leaves_stops_its_trainer_after_a_save(attempt, endi
 
 def test_a_rank_in_a_group_of_others_kills_only_itself(attempt):
     rank = (
-        "from internvl_core.train.stop_request import StopRequest; import signal; StopRequest.connect(); signal.pause()"
+        "from internvl_core.train.supervisor_link import SupervisorLink; import signal; "
+        "SupervisorLink.connect(); signal.pause()"
     )
     parent = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {rank!r}]).returncode)"
     with socket.socket(socket.AF_UNIX) as server:

@@ -11,7 +11,15 @@ from transformers import TrainerControl, TrainerState
 
 from internvl_core.data.quarantine import BadSample
 from internvl_core.errors import DataError, NonFinite, Reason
-from internvl_core.train.callbacks import EMA_DECAY, CommitCallback, ConsensusCallback, MetricsCallback
+from internvl_core.progress import Phase
+from internvl_core.train.callbacks import (
+    EMA_DECAY,
+    CommitCallback,
+    ConsensusCallback,
+    MetricsCallback,
+    ProgressCallback,
+    StopAfterSaveCallback,
+)
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
@@ -30,11 +38,15 @@ def state(step: int, *, is_main: bool = True, epoch: float | None = None) -> Tra
     return TrainerState(global_step=step, max_steps=10, is_world_process_zero=is_main, epoch=epoch)
 
 
-class Request:
-    """A stop request that the test sets."""
+class Link:
+    """A link to a supervisor: the test asks for the stop, and reads what the supervisor was told."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.told: list[tuple[Phase, int | None]] = []
+
+    def tell(self, phase: Phase, step: int | None = None) -> None:
+        self.told.append((phase, step))
 
     @property
     def is_set(self) -> bool:
@@ -89,7 +101,7 @@ def sampler() -> StepSampler:
 
 @pytest.fixture
 def consensus(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> ConsensusCallback:
-    return ConsensusCallback(Request(), ledger, meter, sampler)
+    return ConsensusCallback(Link(), ledger, meter, sampler)
 
 
 @pytest.fixture
@@ -184,11 +196,11 @@ def test_an_epoch_ends_within_what_is_one_epoch_to_trainer(consensus: ConsensusC
 
 
 def test_a_stop_request_saves_and_ends_training(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
-    request = Request()
-    callback = ConsensusCallback(request, ledger, meter, sampler)
+    link = Link()
+    callback = ConsensusCallback(link, ledger, meter, sampler)
     control = callback.on_step_end(arguments(), state(3), TrainerControl())
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
-    request.set()
+    link.set()
     control = callback.on_step_end(arguments(), state(4), TrainerControl())
     assert control.should_save
     assert control.should_training_stop
@@ -198,11 +210,51 @@ def test_a_stop_request_saves_and_ends_training(ledger: SampleLedger, meter: Ste
 def test_a_stop_request_at_the_last_step_lets_training_finish(
     ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
 ) -> None:
-    request = Request()
-    request.set()
-    callback = ConsensusCallback(request, ledger, meter, sampler)
+    link = Link()
+    link.set()
+    callback = ConsensusCallback(link, ledger, meter, sampler)
     control = callback.on_step_end(arguments(), state(10), TrainerControl())
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
+
+
+def test_a_stop_during_a_save_ends_training_without_a_second_one(
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+) -> None:
+    link = Link()
+    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    callback = StopAfterSaveCallback(link, consensus)
+    control = callback.on_save(arguments(), state(4), TrainerControl())
+    assert not control.should_training_stop
+    link.set()
+    control = callback.on_save(arguments(), state(4), TrainerControl())
+    assert (control.should_training_stop, control.should_save, consensus.is_stopping) == (True, False, True)
+
+
+def test_a_stop_during_the_save_of_the_last_step_lets_training_finish(
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+) -> None:
+    link = Link()
+    link.set()
+    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    control = StopAfterSaveCallback(link, consensus).on_save(arguments(), state(10), TrainerControl())
+    assert (control.should_training_stop, consensus.is_stopping) == (False, False)
+
+
+def test_the_supervisor_is_told_of_batches_and_steps_and_of_a_save_before_it_begins(
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+) -> None:
+    link = Link()
+    progress = ProgressCallback(link)
+    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    for step in (0, 1):
+        progress.on_step_begin(arguments(), state(step), TrainerControl())
+        progress.on_substep_end(arguments(), state(step), TrainerControl())
+        progress.on_step_end(arguments(), state(step + 1), TrainerControl())
+        consensus.on_step_end(arguments(), state(step + 1), TrainerControl(should_save=step == 1))
+    assert link.told == [
+        *[(Phase.SETUP, 0), (Phase.SETUP, 0), (Phase.STEP, 1)],
+        *[(Phase.STEP, 1), (Phase.STEP, 1), (Phase.STEP, 2), (Phase.SAVE, 2)],
+    ]
 
 
 def test_only_rank_0_commits_what_was_saved() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from internvl_core.errors import LeaseHeld
+from internvl_core.watchdog import Limits
 from tasks.hold_stage import hold_stage
 from tasks.launch import launch_command
 
@@ -43,7 +44,7 @@ def test_a_stage_stays_held_while_the_supervisor_of_a_lost_flow_works(tmp_path: 
     attempt_dir = tmp_path / "1"
     attempt_dir.mkdir()
     with hold_stage(tmp_path) as lock:
-        running = launch_command(["sleep", "60"], attempt_dir, save_budget_s=5, lock=lock)
+        running = launch_command(["sleep", "60"], attempt_dir, Limits(setup_s=60, stall_s=60, save_s=5), lock=lock)
     with running:
         with pytest.raises(LeaseHeld), hold_stage(tmp_path):
             pytest.fail("the stage was free")

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rank_faults import CONTINUE_FILE, START, Fault, load_faults
 
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 RANK = int(os.environ.get("RANK", "0"))
 POLL_S = 0.02
@@ -106,7 +106,8 @@ def hook_events(faults: list[Fault]) -> None:
 def main() -> None:
     started = time.monotonic()
     entry, faults = sys.argv.pop(1), load_faults(sys.argv.pop(1))
-    stop_request = StopRequest.connect()
+    link = SupervisorLink.connect()
+    link.hear_signals()
     mine = [fault for fault in faults if fault.rank in (None, RANK)]
     for fault in mine:
         if fault.at == START:
@@ -118,7 +119,7 @@ def main() -> None:
         if ":" in fault.at:
             hook_call(fault)
     hook_events([fault for fault in mine if fault.at.startswith("on_")])
-    main(entry, stop_request, started)
+    main(entry, link, started)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from internvl_core.watchdog import Limits
 from tasks.launch import launch_command
 
 
@@ -12,7 +13,7 @@ class TerminationSignal(BaseException):
 
 def main() -> None:
     attempt_dir, ending, *command = Path(sys.argv[1]), *sys.argv[2:]
-    with launch_command(command, attempt_dir, save_budget_s=30) as running:
+    with launch_command(command, attempt_dir, Limits(setup_s=60, stall_s=60, save_s=30)) as running:
         if ending == "raise":
             while not (attempt_dir / "rank-1.pid").exists():
                 running.read_metrics()

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from internvl_core.model.internvl import InternVLForTraining
 from internvl_core.train.entry import main
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 
 def note(folder: Path, optimizer: Any) -> None:
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv.pop(1))
     torch.set_num_threads(1)
     watch(folder)
-    main("finetune", StopRequest.connect(), started)
+    main("finetune", SupervisorLink.connect(), started)

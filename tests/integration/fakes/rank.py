@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from internvl_core.contract import StageFailure
+from internvl_core.contract import STATE_FILE, StageFailure
 from internvl_core.errors import Preempted
-from internvl_core.supervisor import STATE_FILE
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.progress import Phase
+from internvl_core.train.supervisor_link import SupervisorLink
 
 POLL_S = 0.02
 DATA_WORKER = "import signal; signal.pause()"
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--save_s", type=float, default=0.0)
     parser.add_argument("--late_rank", type=int, help="connects only when the stop was asked for")
     parser.add_argument("--never_connect", action="store_true")
+    parser.add_argument("--phase", default="step", help="what it is at, and stays at if that is not step")
     parser.add_argument("--fail_rank", type=int, help="writes failure.json and stays")
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
@@ -36,12 +37,17 @@ def main() -> int:
     if options.never_connect:
         announce(directory / f"rank-{rank}.pid")
         signal.pause()
-    stop = StopRequest.connect()
+    link = SupervisorLink.connect()
+    link.hear_signals()
+    link.tell(Phase(options.phase), 7 if options.phase == "step" else None)
     announce(directory / f"rank-{rank}.pid")
     if options.fail_rank == rank:
         StageFailure(error="NonFinite", message="loss is nan", rank=rank).write_first(directory)
         signal.pause()
-    wait_for(lambda: stop.is_set)
+    wait_for(lambda: link.is_set)
+    if options.phase != "step":
+        signal.pause()
+    link.tell(Phase.SAVE, 7)
 
     end = time.monotonic() + options.save_s
     wait_for(lambda: time.monotonic() >= end)
@@ -49,6 +55,7 @@ def main() -> int:
     wait_for(lambda: len(list(directory.glob("*.saved"))) == int(os.environ["WORLD_SIZE"]))
     if rank == 0:
         StageFailure.from_exception(Preempted("Stopped at step 7, committed."), rank=rank).write_first(directory)
+    link.leave()
     return Preempted.exit_code
 
 

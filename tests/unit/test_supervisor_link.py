@@ -1,9 +1,9 @@
 """A rank without a supervisor."""
 
 from internvl_core.contract import SUPERVISOR_SOCKET_VARIABLE
-from internvl_core.train.stop_request import StopRequest
+from internvl_core.train.supervisor_link import SupervisorLink
 
 
 def test_under_a_bare_torchrun_nothing_ever_asks_for_a_stop(monkeypatch):
     monkeypatch.delenv(SUPERVISOR_SOCKET_VARIABLE, raising=False)
-    assert not StopRequest.connect().is_set
+    assert not SupervisorLink.connect().is_set
