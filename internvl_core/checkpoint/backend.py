@@ -103,7 +103,7 @@ def create_once(backend: Backend, name: str, body: bytes) -> bool:
             backend.create(name, body)
         except FileExistsError:
             # Perhaps by our own earlier attempt, whose answer never came: the bytes tell.
-            return backend.read(name) == body
+            return find_object(backend, name) == body
         except StoreUnavailable as error:
             if attempt == CREATE_ATTEMPTS:
                 raise
@@ -111,3 +111,11 @@ def create_once(backend: Backend, name: str, body: bytes) -> bool:
         else:
             return True
     return False
+
+
+def find_object(backend: Backend, name: str) -> bytes | None:
+    """Read an object whole; None where there is none."""
+    try:
+        return backend.read(name)
+    except FileNotFoundError:
+        return None

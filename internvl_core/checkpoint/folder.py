@@ -19,10 +19,10 @@ from internvl_core.checkpoint.commits import (
     is_save_uri,
     list_commit_names,
     read_manifest,
-    resolve_checkpoint,
 )
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.fetch import fetch
+from internvl_core.checkpoint.lineage import resolve_checkpoint
 from internvl_core.checkpoint.manifest import HASH_WORKERS, hash_file
 from internvl_core.checkpoint.remote_backend import open_filesystem
 from internvl_core.checkpoint.uri import FILE_PREFIX, normalize_uri

@@ -54,9 +54,14 @@ class LocalBackend:
     def get_sizes_bytes(self, folder: str) -> dict[str, int]:
         root = self._root / folder
         with translated(f"Listing {root}"):
-            return {
-                path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()
-            }
+            sizes_bytes = {}
+            for parent, _, names in os.walk(root):
+                for name in names:
+                    path = Path(parent, name)
+                    # Another process may be removing this very folder.
+                    with suppress(FileNotFoundError):
+                        sizes_bytes[path.relative_to(root).as_posix()] = path.stat().st_size
+            return sizes_bytes
 
     def upload(self, directory: Path, paths: Sequence[str], folder: str) -> list[FileEntry]:
         target = self._root / folder

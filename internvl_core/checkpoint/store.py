@@ -1,54 +1,50 @@
-"""Publish, find and hand over the checkpoints of a stage; the way in for everything outside this package.
+"""The checkpoints of a stage: the way in for everything outside this package.
 
-A checkpoint exists when its commit record exists: `publish` writes the files, then MANIFEST, then
-exclusively the record, and never touches any of them again. `commits.py` draws the layout. A crash
-in between leaves a folder in `data/` that no record names and no reader sees.
+    <store>/<stage>-<fingerprint16>/
+        lease/          who may commit, one after the other         lease, acquisition
+        data/           the files of each save, MANIFEST last        publication
+        commits/        a checkpoint exists from here on             commits
+        handover/       the stage is finished                        handover
+        pins/           kept by people                               pins
+
+Nothing is ever renamed, appended to or overwritten, except the beat of a lease, which no commit rests on.
+Which commits count is told by the leases (lineage); what may go is decided in garbage.
 """
 
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvl_core.checkpoint.backend import create_once, open_backend
+from internvl_core.checkpoint import garbage, handover, pins, publication
+from internvl_core.checkpoint.acquisition import ChooseBase, Clock, acquire
+from internvl_core.checkpoint.backend import Backend, open_backend
 from internvl_core.checkpoint.commits import (
-    DATA_FOLDER,
     Commit,
-    CommitName,
-    iter_verified,
     list_commit_names,
-    open_checkpoint,
-    pack_commit,
     read_commit,
     read_manifest,
-    resolve_checkpoint,
 )
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.fetch import fetch, read_file
-from internvl_core.checkpoint.manifest import (
-    MANIFEST_FILE,
-    CheckpointKind,
-    FileEntry,
-    Manifest,
-    list_files,
-)
+from internvl_core.checkpoint.garbage import GarbageReport
+from internvl_core.checkpoint.lease import Lease, Owner, list_fences, open_lease
+from internvl_core.checkpoint.lineage import iter_verified, read_lineage, resolve_checkpoint
+from internvl_core.checkpoint.manifest import CheckpointKind, Manifest, list_files
 from internvl_core.checkpoint.probe import check_store
-from internvl_core.checkpoint.record import pack_record, unpack_record
 from internvl_core.checkpoint.uri import is_checkpoint_uri, normalize_store_uri
+from internvl_core.checkpoint.verify import verify
 from internvl_core.contract import CheckpointRef
-from internvl_core.errors import (
-    ArgumentError,
-    CheckpointCorrupt,
-    CheckpointError,
-    CheckpointNotFound,
-    Fenced,
-    StoreUnavailable,
-)
+from internvl_core.errors import ArgumentError, CheckpointCorrupt, CheckpointError, CheckpointNotFound
 
 __all__ = [
     "Commit",
+    "GarbageReport",
+    "Lease",
+    "Owner",
     "StageStore",
     "check_store",
     "fetch",
@@ -60,30 +56,55 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-HANDOVER_FOLDER = "handover"
+MIN_KEPT = 2
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_HANDOVER_NAME = re.compile(r"\d{12}\.\d{6}\.json")
 
 
 class StageStore:
-    """The checkpoints of one stage with one fingerprint."""
+    """The checkpoints of one stage with one fingerprint; readers see those of its present history."""
 
-    def __init__(self, store_uri: str, stage: str, fingerprint: str) -> None:
+    def __init__(self, store_uri: str, stage: str, fingerprint: str, *, backend: Backend | None = None) -> None:
+        """Open the store; nothing is read or written yet.
+
+        Args:
+            store_uri: under which the stages' directories lie.
+            stage, fingerprint: what the stage's directory is named after.
+            backend: opened at the stage's directory; None: by the URI.
+        """
         for name in (stage, fingerprint):
             if not _PLAIN_NAME.fullmatch(name):
                 raise ArgumentError(f"{name!r} cannot name a folder of a store. Use letters, digits, '.', '_', '-'.")
-        self._backend = open_backend(f"{normalize_store_uri(store_uri)}/{stage}-{fingerprint[:16]}")
+        self._backend = backend or open_backend(f"{normalize_store_uri(store_uri)}/{stage}-{fingerprint[:16]}")
         self._stage = stage
         self._fingerprint = fingerprint
+        self._verified: set[str] = set()
+        self._in_progress: set[str] = set()
 
     @property
     def uri(self) -> str:
         return self._backend.uri
 
+    def acquire(self, owner: Owner, *, choose_base: ChooseBase, takes_over: bool = False, clock: Clock = time) -> Lease:
+        """Take the lease of the stage from whoever is gone; see `acquisition.acquire`.
+
+        Raises:
+            LeaseHeld: the present holder lives; says who it is.
+        """
+        return acquire(self._backend, owner, choose_base=choose_base, takes_over=takes_over, clock=clock)
+
+    def open_lease(self, fence: int) -> Lease:
+        """Go on with a lease that another process of the same holder took.
+
+        Raises:
+            CheckpointNotFound, CheckpointCorrupt: it does not exist, or is damaged.
+        """
+        return open_lease(self._backend, fence)
+
     def next_fence(self) -> int:
-        """Number a new attempt: one more than any that has committed."""
-        return 1 + max((name.fence for name in list_commit_names(self._backend)), default=0)
+        """Number a new attempt that has no lease: one more than any that has committed."""
+        fences = [*list_fences(self._backend), *(name.fence for name in list_commit_names(self._backend))]
+        return 1 + max(fences, default=0)
 
     def publish(
         self,
@@ -104,26 +125,21 @@ class StageStore:
             The checkpoint, which exists when this returns.
 
         Raises:
-            Fenced: this step is committed already with this fence, by somebody else.
+            Fenced: a later lease exists, or this step is committed already with this fence, by somebody else.
             StoreUnavailable, DiskFull: nothing is committed.
         """
         with translated(f"Reading {directory}"):
             paths = list_files(directory)
         if not paths:
             raise CheckpointError(f"{directory} contains no file, so there is nothing to publish.")
+        manifest = Manifest(self._stage, self._fingerprint, step, fence, kind, parent, info, files=())
         # A folder of its own for each try: whatever a crashed or rival one left is never mixed in.
         save = f"{step:012d}.{fence:06d}.{secrets.token_hex(4)}"
-        folder = f"{DATA_FOLDER}/{save}"
-        files = self._upload(directory, paths, folder)
-        manifest = Manifest(self._stage, self._fingerprint, step, fence, kind, parent, info, files)
-        create_once(self._backend, f"{folder}/{MANIFEST_FILE}", manifest.to_bytes())
-        name = CommitName(step, fence, kind)
-        if not create_once(self._backend, name.path, pack_commit(name, save, manifest.digest)):
-            raise Fenced(
-                f"{self.uri}/{name.path} exists: another process committed step {step} with fence {fence}. "
-                "Two runs of one stage write to the same store; stop one of them."
-            )
-        return CheckpointRef(f"{self.uri}/{folder}", manifest.digest)
+        self._in_progress.add(save)
+        try:
+            return publication.publish(self._backend, save, directory, paths, manifest)
+        finally:
+            self._in_progress.remove(save)
 
     def find_newest(self, kind: CheckpointKind | None = None) -> CheckpointRef | None:
         """Find the newest checkpoint whose record and MANIFEST verify; `fetch` verifies its data.
@@ -133,67 +149,89 @@ class StageStore:
         commit = next(iter_verified(self._backend, kind), None)
         return commit.checkpoint if commit else None
 
-    def list_committed(self) -> list[Commit]:
-        """List all commits whose record is readable, newest first."""
+    def list_committed(self, *, include_dead: bool = False) -> list[Commit]:
+        """List the commits whose record is readable, newest first.
+
+        Args:
+            include_dead: also those that do not belong to the present history.
+        """
+        names = list_commit_names(self._backend)
+        lineage = read_lineage(self._backend, names)
         commits = []
-        for name in list_commit_names(self._backend):
+        for name in names:
+            if not include_dead and not lineage.is_live(name):
+                continue
             try:
                 commits.append(read_commit(self._backend, name))
             except (CheckpointCorrupt, CheckpointNotFound) as error:
                 logger.warning("Left out of the list: %s", error)
         return commits
 
-    def hand_over(self, checkpoint: CheckpointRef, result: Mapping[str, Any]) -> None:
+    def verify(self, checkpoint: CheckpointRef) -> None:
+        """Read every byte of a checkpoint from the store and compare it with the manifest; nothing is kept.
+
+        Raises:
+            CheckpointNotFound: it is not committed, or not any more.
+            CheckpointCorrupt: names the first file that differs.
+        """
+        verify(self._backend, checkpoint)
+        self._verified.add(checkpoint.digest)
+
+    def collect_garbage(self, fence: int, *, keep: int) -> GarbageReport:
+        """Remove what newer verified checkpoints supersede, and what crashed saves left; see `garbage`.
+
+        What this object verified before is not read again, only its sizes are looked at.
+
+        Args:
+            fence: of the lease of this process.
+            keep: live checkpoints that must verify before any older one goes; final weights, pinned and
+                handed-over ones stay besides.
+
+        Raises:
+            ArgumentError: fewer than two are to be kept.
+            Fenced: a later lease exists.
+        """
+        if keep < MIN_KEPT:
+            raise ArgumentError(f"keep: {keep} is too few, for the newest may rot. Keep at least {MIN_KEPT}.")
+        return garbage.collect_garbage(
+            self._backend, fence, keep=keep, verified=self._verified, in_progress=self._in_progress
+        )
+
+    def pin(self, name: str, checkpoint: CheckpointRef) -> None:
+        """Keep a checkpoint until it is unpinned; the same pin again does nothing.
+
+        Raises:
+            ArgumentError: the name cannot be one, or is taken by another checkpoint.
+            CheckpointNotFound, CheckpointCorrupt: the checkpoint is not a committed one of this stage.
+        """
+        pins.pin(self._backend, name, checkpoint)
+
+    def unpin(self, name: str) -> None:
+        """Remove a pin.
+
+        Raises:
+            CheckpointNotFound: there is none of this name; lists those there are.
+        """
+        pins.unpin(self._backend, name)
+
+    def list_pins(self) -> dict[str, CheckpointRef]:
+        """List what people pinned, by name."""
+        return pins.list_pins(self._backend)
+
+    def hand_over(self, checkpoint: CheckpointRef, result: Mapping[str, Any], *, fence: int | None = None) -> None:
         """Declare the stage finished with a checkpoint; the same again does nothing.
+
+        Args:
+            fence: of the lease of this process; None: that of the checkpoint.
 
         Raises:
             CheckpointNotFound: the checkpoint is not committed, or not in this stage.
-            Fenced: it was handed over with another result.
+            Fenced: a later lease exists, or it was handed over with another result.
             CheckpointCorrupt: an earlier handover of it is damaged and in the way.
         """
-        manifest = read_manifest(checkpoint)
-        backend, save = open_checkpoint(checkpoint.uri)
-        if backend.uri != self.uri:
-            raise CheckpointNotFound(f"{checkpoint.uri} is not a checkpoint of {self.uri}.")
-        path = f"{HANDOVER_FOLDER}/{manifest.step:012d}.{manifest.fence:06d}.json"
-        named = {"data": f"{DATA_FOLDER}/{save}", "digest": checkpoint.digest}
-        if create_once(self._backend, path, pack_record({"checkpoint": named, "result": dict(result)})):
-            return
-        self._read_handover(path)
-        raise Fenced(f"{self.uri}/{path} exists with another result: another process finished this stage.")
+        handover.hand_over(self._backend, checkpoint, result, fence=fence)
 
     def find_handover(self) -> tuple[CheckpointRef, dict[str, Any]] | None:
         """Find the newest handover whose checkpoint's record and MANIFEST verify; None if the stage is not finished."""
-        names = [name for name in self._backend.list_names(HANDOVER_FOLDER) if _HANDOVER_NAME.fullmatch(name)]
-        for name in sorted(names, reverse=True):
-            try:
-                checkpoint, result = self._read_handover(f"{HANDOVER_FOLDER}/{name}")
-                read_manifest(checkpoint)
-            except (CheckpointCorrupt, CheckpointNotFound, FileNotFoundError) as error:
-                logger.warning("Passed over the handover %s: %s", name, error)
-            else:
-                return checkpoint, result
-        return None
-
-    def _upload(self, directory: Path, paths: Sequence[str], folder: str) -> tuple[FileEntry, ...]:
-        """Upload files and ask the store what arrived: a completed multipart upload is no proof that all parts did."""
-        files = tuple(self._backend.upload(directory, paths, folder))
-        sizes_bytes = self._backend.get_sizes_bytes(folder)
-        for entry in files:
-            found = sizes_bytes.get(entry.path)
-            if found != entry.size_bytes:
-                raise StoreUnavailable(
-                    f"{self.uri}/{folder}/{entry.path}: {found} bytes arrived, {entry.size_bytes} were sent."
-                )
-        return files
-
-    def _read_handover(self, path: str) -> tuple[CheckpointRef, dict[str, Any]]:
-        where = f"{self.uri}/{path}"
-        try:
-            content = unpack_record(self._backend.read(path), where=where)
-            named, result = content["checkpoint"], dict(content["result"])
-            return CheckpointRef(f"{self.uri}/{named['data']}", str(named["digest"])), result
-        except CheckpointCorrupt as error:
-            raise CheckpointCorrupt(f"{error} Remove it and run the stage again.") from error
-        except (KeyError, TypeError) as error:
-            raise CheckpointCorrupt(f"{where}: not a handover: {error}. Remove it and run the stage again.") from error
+        found = handover.find_handover(self._backend)
+        return (found.checkpoint, found.result) if found else None

@@ -5,16 +5,30 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stage_store import (
+    CONTENT,
+    FINGERPRINT,
+    InMemory,
+    OnFiles,
+    OnS3,
+    Publish,
+    StageStoreContract,
+    commit_uri,
+    flip_byte,
+    open_uri,
+    overwrite,
+    read_files,
+    remove,
+    write_files,
+)
 
 from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.manifest import CheckpointKind
-from internvl_core.checkpoint.remote_backend import open_filesystem
 from internvl_core.checkpoint.store import (
     StageStore,
     check_store,
@@ -26,79 +40,11 @@ from internvl_core.checkpoint.store import (
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound, Fenced, StoreUnavailable
 
-FINGERPRINT = "0123456789abcdef" * 4
-CONTENT = {
-    "model.safetensors": bytes(range(256)) * 100,
-    "optimizer/rank-0.bin": b"moments of rank 0",
-    "metrics.jsonl": b'{"step": 1}\n',
-    "empty.txt": b"",
-}
 NUM_WRITERS = 8
 NUM_RACES = 20
 
-Publish = Callable[..., CheckpointRef]
 
-
-def write_files(directory: Path, content: dict[str, bytes]) -> Path:
-    for path, body in content.items():
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        (directory / path).write_bytes(body)
-    return directory
-
-
-def read_files(directory: Path) -> dict[str, bytes]:
-    found = {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-    found.pop("MANIFEST", None)
-    return found
-
-
-def open_uri(uri: str) -> tuple[Any, str]:
-    filesystem = open_filesystem(uri)
-    return filesystem, filesystem._strip_protocol(uri)
-
-
-def overwrite(uri: str, change: Callable[[bytes], bytes]) -> None:
-    """Change an object behind the store's back."""
-    filesystem, path = open_uri(uri)
-    filesystem.pipe_file(path, change(filesystem.cat_file(path)))
-
-
-def remove(uri: str) -> None:
-    filesystem, path = open_uri(uri)
-    filesystem.rm_file(path)
-
-
-def flip_byte(position: str) -> Callable[[bytes], bytes]:
-    def flip(body: bytes) -> bytes:
-        at = {"first": 0, "middle": len(body) // 2, "last": len(body) - 1}[position]
-        return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
-
-    return flip
-
-
-def commit_uri(store: StageStore, step: int, *, kind: str = "training", fence: int = 1) -> str:
-    return f"{store.uri}/commits/{step:012d}.{fence:06d}.{kind}.json"
-
-
-class StoreContract:
-    """Subclasses provide the fixture `store_uri`: an empty store."""
-
-    @pytest.fixture
-    def store(self, store_uri: str) -> StageStore:
-        return StageStore(store_uri, "stage2", FINGERPRINT)
-
-    @pytest.fixture
-    def publish(self, store: StageStore, tmp_path: Path) -> Publish:
-        """Publish CONTENT, plus one file that says which step it is."""
-
-        def publish(step: int, fence: int = 1, kind: CheckpointKind = CheckpointKind.TRAINING) -> CheckpointRef:
-            directory = write_files(tmp_path / uuid.uuid4().hex, {**CONTENT, "step.txt": str(step).encode()})
-            return store.publish(directory, step=step, fence=fence, kind=kind, parent=None, info={"step": step})
-
-        return publish
-
+class StoreContract(StageStoreContract):
     def test_the_probe_accepts_the_store_and_leaves_nothing_behind(self, store_uri: str) -> None:
         check_store(store_uri)
         filesystem, path = open_uri(store_uri)
@@ -264,60 +210,6 @@ class StoreContract:
             publish(10)
         assert store.find_newest() == first
 
-    def test_a_handover_carries_the_result(self, store: StageStore, publish: Publish) -> None:
-        final = publish(20, kind=CheckpointKind.FINAL)
-        store.hand_over(final, {"metrics": {"accuracy": 0.97}})
-        assert store.find_handover() == (final, {"metrics": {"accuracy": 0.97}})
-
-    def test_the_same_handover_again_changes_nothing(self, store: StageStore, publish: Publish) -> None:
-        final = publish(20, kind=CheckpointKind.FINAL)
-        store.hand_over(final, {"accuracy": 0.97})
-        store.hand_over(final, {"accuracy": 0.97})
-        assert store.find_handover() == (final, {"accuracy": 0.97})
-
-    def test_another_result_for_the_same_checkpoint_is_refused(self, store: StageStore, publish: Publish) -> None:
-        final = publish(20, kind=CheckpointKind.FINAL)
-        store.hand_over(final, {"accuracy": 0.97})
-        with pytest.raises(Fenced, match="another result"):
-            store.hand_over(final, {"accuracy": 0.5})
-        assert store.find_handover() == (final, {"accuracy": 0.97})
-
-    def test_a_damaged_handover_in_the_way_is_told_with_the_remedy(self, store: StageStore, publish: Publish) -> None:
-        final = publish(20, kind=CheckpointKind.FINAL)
-        store.hand_over(final, {"accuracy": 0.97})
-        overwrite(f"{store.uri}/handover/{20:012d}.{1:06d}.json", flip_byte("last"))
-        assert store.find_handover() is None
-        with pytest.raises(CheckpointCorrupt, match="Remove it and run the stage again"):
-            store.hand_over(final, {"accuracy": 0.97})
-
-    def test_the_newest_handover_counts(self, store: StageStore, publish: Publish) -> None:
-        first, second = publish(20, kind=CheckpointKind.FINAL), publish(20, fence=2, kind=CheckpointKind.FINAL)
-        store.hand_over(second, {"run": 2})
-        store.hand_over(first, {"run": 1})
-        assert store.find_handover() == (second, {"run": 2})
-
-    def test_a_handover_of_a_checkpoint_that_does_not_verify_is_passed_over(
-        self, store: StageStore, publish: Publish
-    ) -> None:
-        first, second = publish(20, kind=CheckpointKind.FINAL), publish(20, fence=2, kind=CheckpointKind.FINAL)
-        store.hand_over(first, {"run": 1})
-        store.hand_over(second, {"run": 2})
-        overwrite(f"{second.uri}/MANIFEST", flip_byte("middle"))
-        assert store.find_handover() == (first, {"run": 1})
-
-    def test_what_is_not_committed_cannot_be_handed_over(self, store: StageStore, publish: Publish) -> None:
-        checkpoint = publish(20, kind=CheckpointKind.FINAL)
-        remove(commit_uri(store, 20, kind="final"))
-        with pytest.raises(CheckpointNotFound):
-            store.hand_over(checkpoint, {})
-        assert store.find_handover() is None
-
-    def test_a_stage_hands_over_only_its_own_checkpoints(self, store_uri: str, publish: Publish) -> None:
-        checkpoint = publish(20, kind=CheckpointKind.FINAL)
-        other = StageStore(store_uri, "stage1", FINGERPRINT)
-        with pytest.raises(CheckpointNotFound, match="is not a checkpoint of"):
-            other.hand_over(checkpoint, {})
-
     def test_a_data_directory_resolves_to_its_checkpoint(self, publish: Publish) -> None:
         older = publish(10)
         publish(20)
@@ -394,11 +286,7 @@ class SharedStoreContract(StoreContract):
         assert read_files(fetch(winners[0], tmp_path / "cache")) == {**CONTENT, "step.txt": b"10"}
 
 
-class TestFileStore(SharedStoreContract):
-    @pytest.fixture
-    def store_uri(self, tmp_path: Path) -> str:
-        return f"file://{tmp_path}/runs"
-
+class TestFileStore(OnFiles, SharedStoreContract):
     def test_nothing_is_copied_on_one_file_system(self, store: StageStore, tmp_path: Path) -> None:
         directory = write_files(tmp_path / "local", CONTENT)
         checkpoint = store.publish(directory, step=1, fence=1, kind=CheckpointKind.FINAL, parent=None, info={})
@@ -446,18 +334,12 @@ class TestFileStore(SharedStoreContract):
             check_store(f"file://{tmp_path}/runs/here")
 
 
-class TestMemoryStore(RemoteStoreContract):
-    @pytest.fixture
-    def store_uri(self) -> str:
-        return f"memory://{uuid.uuid4().hex}/runs"
+class TestMemoryStore(InMemory, RemoteStoreContract):
+    pass
 
 
 @pytest.mark.integration
-class TestS3Store(RemoteStoreContract, SharedStoreContract):
-    @pytest.fixture
-    def store_uri(self, s3_bucket_uri: str) -> str:
-        return f"{s3_bucket_uri}/runs"
-
+class TestS3Store(OnS3, RemoteStoreContract, SharedStoreContract):
     def test_a_large_file_arrives_in_parts(self, store: StageStore, tmp_path: Path) -> None:
         body = os.urandom(1 << 20) * 40
         directory = write_files(tmp_path / "local", {"model.safetensors": body})

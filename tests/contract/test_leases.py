@@ -1,0 +1,376 @@
+"""Who may commit to a stage, and how that changes hands: one suite that each protocol inherits."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from stage_store import (
+    InMemory,
+    OnFiles,
+    OnS3,
+    OnSftp,
+    PresetClock,
+    Publish,
+    StageStoreContract,
+    choose_newest,
+    choose_nothing,
+    commit_uri,
+    flip_byte,
+    list_objects,
+    make_owner,
+    overwrite,
+    remove,
+    take_lease,
+    write,
+)
+
+from internvl_core.checkpoint import handover, publication
+from internvl_core.checkpoint.acquisition import BEAT_TTL_S
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import Commit, Owner, StageStore, resolve_checkpoint
+from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound, Fenced, LeaseHeld
+
+NUM_TAKERS = 8
+TELL_OWNER = """
+import dataclasses, json, sys
+from internvl_core.checkpoint.lease import Owner
+print(json.dumps(dataclasses.asdict(Owner.of_this_process("theirs"))), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process() -> Iterator[Owner]:
+    """A living process of this machine; dead, and collected, afterwards."""
+    with subprocess.Popen([sys.executable, "-c", TELL_OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield Owner(**json.loads(process.stdout.readline()))
+        process.communicate()
+
+
+@contextmanager
+def not_looking() -> Iterator[None]:
+    """Let a zombie commit without a look at the leases: as if it had looked just before it was fenced."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (handover, publication):
+            patch.setattr(module, "check_fence", lambda backend, fence: None)
+        yield
+
+
+def lease_uri(store: StageStore, fence: int) -> str:
+    return f"{store.uri}/lease/{fence:06d}.json"
+
+
+class LeaseContract(StageStoreContract):
+    def test_the_first_lease_of_a_stage_starts_from_nothing(self, store: StageStore) -> None:
+        lease = store.acquire(Owner.of_this_process("mine"), choose_base=choose_newest(store))
+        assert (lease.fence, lease.base) == (1, None)
+        lease.check()
+
+    def test_a_lease_goes_on_with_the_newest_commit_that_verifies(self, store: StageStore, publish: Publish) -> None:
+        first = take_lease(store)
+        older, newer = publish(10, first.fence), publish(20, first.fence)
+        overwrite(f"{newer.uri}/model.safetensors", flip_byte("middle"))
+        second = take_lease(store)
+        assert second.fence == 2
+        assert second.base is not None
+        assert second.base.checkpoint == older
+        assert store.find_newest() == older
+
+    def test_a_living_process_of_this_machine_keeps_its_lease(self, store: StageStore) -> None:
+        with another_process() as owner:
+            store.acquire(owner, choose_base=choose_nothing).beat(step=7, phase="training")
+            with pytest.raises(LeaseHeld, match=rf"lease 1 is held by run theirs \(process {owner.pid} on .*step 7"):
+                store.acquire(Owner.of_this_process("mine"), choose_base=choose_nothing)
+
+    def test_a_dead_process_of_this_machine_loses_its_lease_at_once(self, store: StageStore) -> None:
+        with another_process() as owner:
+            store.acquire(owner, choose_base=choose_nothing)
+        clock = PresetClock()
+        assert store.acquire(Owner.of_this_process("mine"), choose_base=choose_nothing, clock=clock).fence == 2
+        assert clock.now_s == 1000.0
+
+    def test_a_pid_that_another_process_has_now_keeps_no_lease(self, store: StageStore) -> None:
+        mine = Owner.of_this_process("mine")
+        store.acquire(replace(mine, start_ticks=mine.start_ticks - 1), choose_base=choose_nothing)
+        assert store.acquire(mine, choose_base=choose_nothing).fence == 2
+
+    def test_a_process_does_not_take_its_own_lease_twice(self, store: StageStore) -> None:
+        mine = Owner.of_this_process("mine")
+        store.acquire(mine, choose_base=choose_nothing)
+        with pytest.raises(LeaseHeld, match="run mine"):
+            store.acquire(mine, choose_base=choose_nothing)
+
+    def test_a_lease_whose_taker_never_heard_of_it_can_be_taken_again(self, store: StageStore) -> None:
+        mine = Owner.of_this_process("mine")
+        store.acquire(mine, choose_base=choose_nothing)
+        remove(f"{store.uri}/lease/000001.beat")
+        assert store.acquire(mine, choose_base=choose_nothing).fence == 2
+
+    def test_a_holder_elsewhere_whose_beat_moves_keeps_its_lease(self, store: StageStore) -> None:
+        lease = store.acquire(make_owner(), choose_base=choose_nothing)
+        lease.beat(step=7, phase="training")
+
+        def beat_at_last(now_s: float) -> None:
+            if now_s > 1000.0 + BEAT_TTL_S - 5:
+                lease.beat(step=7, phase="training")
+
+        with pytest.raises(LeaseHeld, match=r"lease 1 is held by run run .*elsewhere.* at step 7 \(training\)"):
+            store.acquire(make_owner("mine"), choose_base=choose_nothing, clock=PresetClock(beat_at_last))
+
+    def test_a_holder_elsewhere_whose_beat_stands_still_loses_its_lease(self, store: StageStore) -> None:
+        store.acquire(make_owner(), choose_base=choose_nothing)
+        clock = PresetClock()
+        assert store.acquire(make_owner("mine"), choose_base=choose_nothing, clock=clock).fence == 2
+        assert BEAT_TTL_S <= clock.now_s - 1000.0 < BEAT_TTL_S + 5
+
+    def test_a_released_lease_is_free_at_once(self, store: StageStore) -> None:
+        store.acquire(make_owner(), choose_base=choose_nothing).release()
+        clock = PresetClock()
+        assert store.acquire(make_owner("mine"), choose_base=choose_nothing, clock=clock).fence == 2
+        assert clock.now_s == 1000.0
+
+    def test_a_person_can_take_over_from_a_living_holder(self, store: StageStore, publish: Publish) -> None:
+        lease = store.acquire(Owner.of_this_process("theirs"), choose_base=choose_nothing)
+        mine = store.acquire(Owner.of_this_process("mine"), choose_base=choose_nothing, takes_over=True)
+        assert mine.fence == 2
+        with pytest.raises(Fenced, match=r"lease 2 was taken by run mine"):
+            lease.check()
+
+    @pytest.mark.parametrize("jump_s", [-86400.0, 86400.0])
+    def test_jumps_of_the_clock_on_the_wall_change_nothing(
+        self, store: StageStore, monkeypatch: pytest.MonkeyPatch, jump_s: float
+    ) -> None:
+        store.acquire(make_owner(), choose_base=choose_nothing)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + jump_s)
+        clock = PresetClock()
+        assert store.acquire(make_owner("mine"), choose_base=choose_nothing, clock=clock).fence == 2
+        assert clock.now_s - 1000.0 >= BEAT_TTL_S
+
+    @pytest.mark.parametrize("content", [b"", b"0123", b"not a record\n{}"])
+    def test_a_torn_lease_uses_its_number_up_and_fences_nobody(
+        self, store: StageStore, publish: Publish, content: bytes
+    ) -> None:
+        commit = publish(10, take_lease(store).fence)
+        write(lease_uri(store, 2), content)
+        assert store.find_newest() == commit
+        clock = PresetClock()
+        third = store.acquire(make_owner("mine"), choose_base=choose_newest(store), clock=clock)
+        assert third.fence == 3
+        assert third.base is not None
+        assert third.base.checkpoint == commit
+        # Nobody knows whether its taker lives.
+        assert clock.now_s - 1000.0 >= BEAT_TTL_S
+
+    def test_a_torn_beat_is_no_release_and_no_sign_of_life(self, store: StageStore) -> None:
+        store.acquire(make_owner(), choose_base=choose_nothing).release()
+        overwrite(f"{store.uri}/lease/000001.beat", lambda body: body[:-1])
+        clock = PresetClock()
+        assert store.acquire(make_owner("mine"), choose_base=choose_nothing, clock=clock).fence == 2
+        assert clock.now_s - 1000.0 >= BEAT_TTL_S
+
+    def test_work_that_appears_while_the_base_is_fetched_is_not_lost(self, store: StageStore, publish: Publish) -> None:
+        first = take_lease(store)
+        publish(10, first.fence)
+        late = []
+
+        def choose(commits: Iterable[Commit]) -> Commit | None:
+            base = choose_newest(store)(commits)
+            if not late:
+                late.append(publish(20, first.fence))
+            return base
+
+        second = store.acquire(make_owner("mine"), choose_base=choose, takes_over=True)
+        assert second.base is not None
+        assert second.base.checkpoint == late[0]
+
+    def test_a_holder_that_wakes_while_the_base_is_fetched_keeps_its_lease(self, store: StageStore) -> None:
+        lease = store.acquire(make_owner(), choose_base=choose_nothing)
+        lease.beat(step=1, phase="training")
+
+        def wake(commits: Iterable[Commit]) -> None:
+            lease.beat(step=1, phase="training")
+
+        with pytest.raises(LeaseHeld):
+            store.acquire(
+                make_owner("mine"),
+                choose_base=wake,
+                clock=PresetClock(lambda now: now > 1100 and lease.beat(step=1, phase="training")),
+            )
+
+    def test_a_taker_that_loses_the_race_leaves_no_pin(self, store: StageStore, publish: Publish) -> None:
+        publish(10, take_lease(store).fence)
+        rivals = []
+
+        def choose(commits: Iterable[Commit]) -> Commit | None:
+            if not rivals:
+                rivals.append(take_lease(store, "rival"))
+            return choose_newest(store)(commits)
+
+        mine = store.acquire(make_owner("mine"), choose_base=choose, takes_over=True)
+        assert (rivals[0].fence, mine.fence) == (2, 3)
+        names = {name for name in list_objects(store) if name.endswith(".base")}
+        assert sorted(name[:12] for name in names) == ["lease/000002", "lease/000003"]
+
+    def test_another_process_of_the_holder_goes_on_with_its_lease(self, store: StageStore, publish: Publish) -> None:
+        commit = publish(10, take_lease(store).fence)
+        take_lease(store)
+        lease = store.open_lease(2)
+        assert lease.base is not None
+        assert lease.base.checkpoint == commit
+        lease.beat(step=11, phase="uploading")
+        lease.check()
+        remove(commit_uri(store, 10))
+        assert store.open_lease(2).base is None
+
+    def test_a_lease_that_nobody_took_or_can_read_is_not_gone_on_with(self, store: StageStore) -> None:
+        with pytest.raises(CheckpointNotFound, match="nobody took this lease"):
+            store.open_lease(1)
+        take_lease(store)
+        overwrite(lease_uri(store, 1), flip_byte("last"))
+        with pytest.raises(CheckpointCorrupt):
+            store.open_lease(1)
+
+
+class FencingContract(StageStoreContract):
+    def test_a_zombie_is_told_when_it_commits(self, store: StageStore, publish: Publish) -> None:
+        first = take_lease(store)
+        second = take_lease(store, "second")
+        with pytest.raises(Fenced, match=r"lease 2 was taken by run second"):
+            publish(10, first.fence)
+        assert store.find_newest() is None
+        publish(10, second.fence)
+
+    def test_what_a_zombie_commits_nevertheless_is_not_live(self, store: StageStore, publish: Publish) -> None:
+        first = take_lease(store)
+        base = publish(10, first.fence)
+        second = take_lease(store)
+        with not_looking():
+            zombie = publish(20, first.fence)
+        assert store.find_newest() == base
+        assert [commit.checkpoint for commit in store.list_committed()] == [base]
+        assert [commit.checkpoint for commit in store.list_committed(include_dead=True)] == [zombie, base]
+        assert resolve_checkpoint(store.uri) == base
+        own = publish(15, second.fence)
+        assert store.find_newest() == own
+        # Whoever names it by its own address means it.
+        assert resolve_checkpoint(zombie.uri) == zombie
+
+    def test_a_zombie_cannot_reach_behind_the_base_of_a_later_lease(self, store: StageStore, publish: Publish) -> None:
+        first = take_lease(store)
+        publish(10, first.fence)
+        publish(30, take_lease(store).fence)
+        take_lease(store)
+        with not_looking():
+            publish(20, first.fence)
+        assert [commit.step for commit in store.list_committed()] == [30, 10]
+
+    def test_final_weights_of_a_zombie_are_newer_than_a_training_state_of_the_same_step(
+        self, store: StageStore, publish: Publish
+    ) -> None:
+        first = take_lease(store)
+        base = publish(20, first.fence)
+        take_lease(store)
+        with not_looking():
+            publish(20, first.fence, CheckpointKind.FINAL)
+        assert store.find_newest() == base
+
+    def test_a_fresh_start_makes_everything_before_it_history(self, store: StageStore, publish: Publish) -> None:
+        old = publish(20, take_lease(store).fence, CheckpointKind.FINAL)
+        store.hand_over(old, {"run": 1}, fence=1)
+        fresh = store.acquire(make_owner("fresh"), choose_base=choose_nothing, takes_over=True)
+        assert store.find_newest() is None
+        assert store.find_handover() is None
+        with pytest.raises(CheckpointNotFound, match=r"started afresh .*\. Committed before: 20"):
+            resolve_checkpoint(store.uri)
+        new = publish(5, fresh.fence)
+        assert store.find_newest() == new
+        assert take_lease(store).base == store.list_committed()[0]
+
+    @pytest.mark.parametrize("damage", ["rotten", "removed"])
+    def test_a_lease_that_is_lost_still_fences_for_its_commits_repeat_it(
+        self, store: StageStore, publish: Publish, damage: str
+    ) -> None:
+        first = take_lease(store)
+        publish(10, first.fence)
+        own = publish(15, take_lease(store).fence)
+        take_lease(store)
+        if damage == "rotten":
+            overwrite(lease_uri(store, 2), flip_byte("middle"))
+        else:
+            remove(lease_uri(store, 2))
+        with not_looking():
+            publish(12, first.fence)
+        assert [commit.step for commit in store.list_committed()] == [15, 10]
+        assert store.find_newest() == own
+
+    def test_a_store_without_leases_is_read_as_before(self, store: StageStore, publish: Publish) -> None:
+        publish(10, 1)
+        publish(30, 2)
+        publish(20, 4)
+        assert [commit.step for commit in store.list_committed()] == [30, 20, 10]
+        lease = take_lease(store)
+        assert lease.fence == 5
+        assert lease.base is not None
+        assert lease.base.step == 30
+
+    def test_a_handover_of_a_zombie_is_refused(self, store: StageStore, publish: Publish) -> None:
+        final = publish(20, take_lease(store).fence, CheckpointKind.FINAL)
+        take_lease(store)
+        with pytest.raises(Fenced, match="lease 2 was taken"):
+            store.hand_over(final, {"run": 1}, fence=1)
+
+    def test_a_handover_that_a_zombie_made_nevertheless_does_not_count(
+        self, store: StageStore, publish: Publish
+    ) -> None:
+        final = publish(20, take_lease(store).fence, CheckpointKind.FINAL)
+        second = take_lease(store)
+        with not_looking():
+            store.hand_over(final, {"run": 1}, fence=1)
+        assert store.find_handover() is None
+        store.hand_over(final, {"run": 2}, fence=second.fence)
+        assert store.find_handover() == (final, {"run": 2})
+        take_lease(store)
+        assert store.find_handover() == (final, {"run": 2})
+
+
+class LeaseRaceContract(StageStoreContract):
+    def test_of_racing_takers_exactly_one_gets_each_lease(self, store: StageStore) -> None:
+        start = threading.Barrier(NUM_TAKERS)
+
+        def race(number: int) -> int | None:
+            start.wait()
+            try:
+                return store.acquire(Owner.of_this_process(f"run {number}"), choose_base=choose_nothing).fence
+            except LeaseHeld:
+                return None
+
+        with ThreadPoolExecutor(NUM_TAKERS) as pool:
+            fences = [fence for fence in pool.map(race, range(NUM_TAKERS)) if fence is not None]
+        assert fences == [1]
+
+
+class TestFileLeases(OnFiles, LeaseContract, FencingContract, LeaseRaceContract):
+    pass
+
+
+class TestMemoryLeases(InMemory, LeaseContract, FencingContract):
+    pass
+
+
+@pytest.mark.integration
+class TestS3Leases(OnS3, LeaseContract, FencingContract, LeaseRaceContract):
+    pass
+
+
+@pytest.mark.integration
+class TestSftpLeases(OnSftp, LeaseContract, FencingContract, LeaseRaceContract):
+    pass
