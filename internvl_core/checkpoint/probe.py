@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from threading import Thread
 
 from internvl_core.checkpoint.backend import Backend, open_backend
-from internvl_core.checkpoint.uri import normalize_store_uri
+from internvl_core.checkpoint.uri import UNVERIFIED_PROTOCOLS, normalize_store_uri
 from internvl_core.errors import CheckpointError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,13 @@ def check_store(store_uri: str) -> None:
         DiskFull: there is no room for even a small file.
     """
     backend = open_backend(normalize_store_uri(store_uri))
+    protocol = backend.uri.partition("://")[0]
+    if protocol in UNVERIFIED_PROTOCOLS:
+        logger.warning(
+            "%s:// stores are built after the documentation and tested against no server. This probe passes or refuses "
+            "yours; keep a copy of what you cannot lose.",
+            protocol,
+        )
     outcome: Future[None] = Future()
 
     def probe() -> None:

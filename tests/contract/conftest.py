@@ -2,17 +2,23 @@
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import asyncssh
+import fsspec
 import pytest
 
 SSHD = Path("/usr/sbin/sshd")
+# Not a secret: every Azurite has it.
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +79,7 @@ def openssh_port(ssh_home: Path) -> Iterator[int]:
     host_key = asyncssh.generate_private_key("ssh-ed25519")
     host_key.write_private_key(ssh_home / "host_key")
     (ssh_home / "host_key").chmod(0o600)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = int(unused.getsockname()[1])
+    port = _find_free_port()
     settings = {
         "ListenAddress": f"127.0.0.1:{port}",
         "HostKey": ssh_home / "host_key",
@@ -87,15 +91,32 @@ def openssh_port(ssh_home: Path) -> Iterator[int]:
         "Subsystem": "sftp internal-sftp",
     }
     (ssh_home / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
-    with (ssh_home / "sshd.log").open("wb") as log:
-        server = subprocess.Popen([SSHD, "-D", "-e", "-f", ssh_home / "sshd_config"], stderr=log)
     _trust(ssh_home, port, host_key)
-    try:
-        _wait_for(port, server, ssh_home / "sshd.log")
+    with _running([str(SSHD), "-D", "-e", "-f", str(ssh_home / "sshd_config")], port, ssh_home / "sshd.log"):
         yield port
-    finally:
-        server.terminate()
-        server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run Azurite, Microsoft's emulator; return the connection string."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("azurite-blob is not on the PATH: npm install --global azurite")
+    port, folder = _find_free_port(), tmp_path_factory.mktemp("azurite")
+    command = [program, "--blobPort", str(port), "--location", str(folder), "--skipApiVersionCheck", "--silent"]
+    with _running(command, port, folder / "azurite.log"):
+        yield (
+            f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={AZURITE_KEY};"
+            f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;"
+        )
+
+
+@pytest.fixture
+def az_uri(azurite: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite)
+    container = f"runs-{uuid.uuid4().hex}"
+    fsspec.filesystem("az", connection_string=azurite).mkdir(container)
+    return f"az://{container}/runs"
 
 
 @pytest.fixture
@@ -115,15 +136,33 @@ def _trust(home: Path, port: int, host_key: asyncssh.SSHKey) -> None:
         known_hosts.write(f"[127.0.0.1]:{port} {host_key.export_public_key().decode()}")
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            pytest.fail(f"sshd ended: {log.read_text()}")
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
+def _find_free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
+    """Run a server while the block lasts, which begins when it listens."""
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 60
+        while not _listens(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{command[0]} does not listen: {log.read_text()}")
             time.sleep(0.05)
-        else:
-            return
-    pytest.fail(f"sshd does not listen: {log.read_text()}")
+        yield
+    finally:
+        # Azurite takes its time over a SIGTERM; nothing of these servers is kept.
+        server.kill()
+        server.wait(30)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

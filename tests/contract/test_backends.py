@@ -187,3 +187,14 @@ class TestOpenSshBackend(SharedBackendContract):
     @pytest.fixture
     def store_uri(self, openssh_uri: str) -> str:
         return openssh_uri
+
+
+@pytest.mark.integration
+# Azure's SDK hands aiohttp parts of several MB as bytes.
+@pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+class TestAzureBackend(SharedBackendContract):
+    """The emulator of Google's storage on PyPI ignores preconditions, so for `gs://` there is no such class."""
+
+    @pytest.fixture
+    def store_uri(self, az_uri: str) -> str:
+        return az_uri
