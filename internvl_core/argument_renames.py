@@ -55,7 +55,6 @@ RENAMED: Mapping[str, Rename | Dropped] = {
     "push_to_hub_model_id": Rename("hub_model_id"),
     "push_to_hub_token": Rename("hub_token"),
     "torchdynamo": Rename("torch_compile_backend"),
-    "overwrite_output_dir": Dropped("Nothing is ever overwritten: each save is a new committed checkpoint."),
     "logging_dir": Dropped("TensorBoard's files are written to <output_dir>/runs."),
     "include_tokens_per_second": Dropped("Tokens per second are always in metrics.jsonl."),
     "use_mps_device": Dropped("The device is found at launch; use_cpu forces the CPU."),

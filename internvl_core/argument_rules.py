@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_core.argument_renames import RENAMED, rename_arguments
-from internvl_core.argument_values import UnreadableValueError, read_value
+from internvl_core.argument_values import UnreadableValueError, read_resume, read_value
 from internvl_core.deepspeed_config import find_built_in, resolve_deepspeed
 from internvl_core.errors import ArgumentError
 from internvl_core.not_built import NOT_BUILT
@@ -42,7 +42,7 @@ PATHS = frozenset(
 RESULT_NEUTRAL = frozenset(
     {
         # where things go and what is told
-        *("output_dir", "attempt_dir", "cache_dir", "run_name", "report_to", "project"),
+        *("output_dir", "overwrite_output_dir", "attempt_dir", "cache_dir", "run_name", "report_to", "project"),
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
         "hub_revision",
@@ -105,6 +105,8 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     """Resolve as `resolve_arguments` does, but return the problems instead of raising them."""
     properties = load_properties()
     current, problems = rename_arguments(given, properties)
+    if "resume_from_checkpoint" in current:
+        current["resume_from_checkpoint"] = read_resume(current["resume_from_checkpoint"])
     values: dict[str, Any] = {}
     for name in current.keys() - properties.keys():
         problems.append(_describe_unknown(name))

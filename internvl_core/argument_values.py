@@ -12,6 +12,9 @@ from typing import Any
 TRUE_TEXTS = frozenset({"yes", "true", "t", "y", "1"})
 FALSE_TEXTS = frozenset({"no", "false", "f", "n", "0"})
 
+LATEST = "latest"
+"""Of resume_from_checkpoint: the newest checkpoint of the run itself; original command lines say True."""
+
 _WORDS = {
     "boolean": "True or False",
     "integer": "a whole number",
@@ -58,6 +61,14 @@ def read_value(value: Any, fragment: Mapping[str, Any]) -> Any:
         read = _reject(value, types)
     _check_bounds(read, fragment)
     return read
+
+
+def read_resume(value: Any) -> Any:
+    """Read `resume_from_checkpoint`, where True and False stand for the newest checkpoint and for none."""
+    text = str(value).strip().lower()
+    if text in ("true", LATEST):
+        return LATEST
+    return None if text in ("false", "none", "") else value
 
 
 def _read_choice(value: Any, choices: list[Any]) -> Any:

@@ -205,6 +205,13 @@ class ExtensionArguments:
     cache_dir: str = field(
         default="~/.cache/internvl", metadata=_help("Directory into which remote checkpoints are fetched.")
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=_help(
+            "In a run by hand: begin anew although output_dir has checkpoints to resume from. A pipeline puts every "
+            "attempt into a directory of its own."
+        ),
+    )
     eval_meta_path: str | None = field(
         default=None, metadata=_help("JSON file that lists the held-out sets; scored after training by greedy answers.")
     )

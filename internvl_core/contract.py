@@ -99,6 +99,10 @@ class StageFile(_AtomicFile):
     resume: bool
     """Resume from any run's newest checkpoint of this fingerprint; False: from this run's own only, as a retry does."""
     save_budget_s: float
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the fingerprint is the digest of."""
+    resume_from: CheckpointRef | None = None
+    """The training checkpoint that a person told it to go on from; what this run has committed since comes first."""
 
     @classmethod
     def _file_name(cls) -> str:
@@ -106,8 +110,10 @@ class StageFile(_AtomicFile):
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        start_from = content.pop("start_from")
-        return cls(**content, start_from=CheckpointRef(**start_from) if start_from else None)
+        start_from, resume_from = (
+            CheckpointRef(**ref) if (ref := content.pop(name)) else None for name in ("start_from", "resume_from")
+        )
+        return cls(**content, start_from=start_from, resume_from=resume_from)
 
 
 @dataclass(frozen=True)

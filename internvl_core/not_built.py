@@ -34,9 +34,6 @@ NOT_BUILT: tuple[NotBuilt, ...] = (
     NotBuilt(("accelerator_config",), "the trainer shares out the data by itself. Leave it out"),
     NotBuilt(("dataloader_in_order",), "batches out of order make a run that nobody can repeat. Leave it out"),
     NotBuilt(("average_tokens_across_devices",), "the loss is always the mean over all ranks. Leave it out"),
-    NotBuilt(
-        ("resume_from_checkpoint",), "a stage resumes by itself from its newest verified checkpoint. Leave it out"
-    ),
     NotBuilt(("eval_strategy",), _EVALUATION),
     NotBuilt(
         (

@@ -13,7 +13,7 @@ from internvl_core.data.meta import load_meta
 from internvl_core.errors import ArgumentError, DataError, InternVLError
 from internvl_core.inspection.hub import is_hub_id
 from tasks.stage import PREVIOUS, Stage
-from tasks.stage_plan import COMPONENTS, METAS, PROJECTOR
+from tasks.stage_plan import COMPONENTS, METAS, PROJECTOR, RESUME, check_resume_point
 
 
 @task(name="check inputs", cache_policy=NO_CACHE)
@@ -49,6 +49,8 @@ def _iter_checks(
             if stage.arguments.get(name):
                 check = _check_projector if name == PROJECTOR else _check_model
                 yield f"{stage.name}: {name}: ", check, stage.arguments[name]
+        if stage.arguments.get(RESUME):
+            yield f"{stage.name}: {RESUME}: ", partial(check_resume_point, stage), stage.arguments[RESUME]
         if stage.start_from not in (None, PREVIOUS):
             yield f"{stage.name}: start_from: ", resolve_checkpoint, stage.start_from
         if stage.gate is not None:

@@ -11,8 +11,10 @@ from typing import Any
 
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
+from internvl_core.argument_values import LATEST, read_resume
 from internvl_core.checkpoint.folder import digest_file, digest_folder, digest_model, is_weights_file
 from internvl_core.checkpoint.manifest import hash_file
+from internvl_core.checkpoint.resume_point import check_inputs_equal, find_resume_point
 from internvl_core.checkpoint.store import is_checkpoint_uri
 from internvl_core.contract import CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
@@ -24,6 +26,8 @@ PROJECTOR = "mlp_path"
 """The one component that may be a file."""
 METAS = ("meta_path", "eval_meta_path")
 GRADIENT_ACCUMULATION = "gradient_accumulation_steps"
+RESUME = "resume_from_checkpoint"
+"""Read by the plan; ranks find in stage.json what it means."""
 SET_BY_PIPELINE = ("attempt_dir", "cache_dir", "output_dir")
 """Directories that an attempt gets from its workspace."""
 
@@ -36,7 +40,14 @@ class StagePlan:
     values: dict[str, Any]
     """Every argument, defaults included."""
     start_from: CheckpointRef | None
-    fingerprint: str
+    inputs: dict[str, Any]
+    """All that the result depends on."""
+    resume_from: CheckpointRef | None = None
+    """What its arguments say to go on from; None: its own newest, if there is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_json(self.inputs)
 
 
 def check_stage_arguments(stages: list[Stage], *, starts_from_checkpoint: bool) -> None:
@@ -103,9 +114,13 @@ def get_cache_dir(workspace: Path) -> Path:
 
 
 def plan_stage(stage: Stage, start_from: CheckpointRef | None, *, cache_dir: Path) -> StagePlan:
-    """Resolve a stage's arguments and fingerprint everything that its result depends on."""
+    """Resolve a stage's arguments and digest everything that its result depends on.
+
+    Raises:
+        ArgumentError: the arguments are wrong, or the checkpoint to resume from is of another training.
+    """
     values = resolve_stage(stage, has_parent=start_from is not None)
-    content = {
+    inputs = {
         "entry": stage.entry,
         "trainer": __version__.split(".")[0],
         "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
@@ -113,7 +128,31 @@ def plan_stage(stage: Stage, start_from: CheckpointRef | None, *, cache_dir: Pat
         "components": {name: _digest_component(name, values[name]) for name in COMPONENTS if values[name]},
         "start_from": start_from.digest if start_from else None,
     }
-    return StagePlan(stage, values, start_from, digest_json(content))
+    return StagePlan(stage, values, start_from, inputs, _find_resume_point(stage.name, values[RESUME], inputs))
+
+
+def check_resume_point(stage: Stage, where: Any) -> None:
+    """Check what a stage is told to resume from, as far as that is possible before its parent is known.
+
+    Raises:
+        ArgumentError: its arguments are others, or it has final weights only.
+        CheckpointNotFound, CheckpointCorrupt: it is not there, or is damaged.
+    """
+    arguments = fingerprint_arguments(resolve_arguments(stage.arguments), world_size=stage.launcher.world_size)
+    _find_resume_point(stage.name, read_resume(where), {"entry": stage.entry, "arguments": arguments})
+
+
+def _find_resume_point(name: str, where: str | None, inputs: Mapping[str, Any]) -> CheckpointRef | None:
+    if where in (None, LATEST):
+        # What happens anyway.
+        return None
+    checkpoint, manifest = find_resume_point(where)
+    advice = (
+        f"With the arguments as they are now, stage {name} is another one: leave resume_from_checkpoint out and it "
+        "starts afresh in a directory of its own, or give it what the checkpoint was trained with."
+    )
+    check_inputs_equal(checkpoint, manifest, inputs, advice=advice)
+    return checkpoint
 
 
 def _check_directories(given: Mapping[str, Any]) -> None:

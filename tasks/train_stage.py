@@ -21,7 +21,7 @@ from tasks.hold_stage import hold_stage
 from tasks.launch import launch_stage
 from tasks.show_progress import StageProgress
 from tasks.stage import Stage
-from tasks.stage_plan import StagePlan, get_cache_dir, plan_stage
+from tasks.stage_plan import RESUME, StagePlan, get_cache_dir, plan_stage
 from tasks.track_run import RunStatus, RunTracker
 from tasks.trained_stage import TrainedStage
 
@@ -142,7 +142,7 @@ def _describe(
         fingerprint=plan.fingerprint,
         entry=plan.stage.entry,
         arguments={
-            **{name: value for name, value in plan.values.items() if value is not None},
+            **{name: value for name, value in plan.values.items() if value is not None and name != RESUME},
             "output_dir": str(attempt_dir / "output"),
             "cache_dir": str(get_cache_dir(workspace)),
         },
@@ -151,6 +151,8 @@ def _describe(
         start_from=plan.start_from,
         resume=can_resume,
         save_budget_s=plan.stage.save_budget_s,
+        inputs=plan.inputs,
+        resume_from=plan.resume_from,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from internvl_core import __version__
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.resume_point import INPUTS_KEY
 from internvl_core.checkpoint.store import StageStore, read_manifest
 from internvl_core.checkpoint.training_files import LAYOUT_KEY, TrainingLayout, check_training_files
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
@@ -55,6 +56,7 @@ class StageCommits:
             "attempt": stage.attempt,
             "entry": stage.entry,
             "arguments": stage.arguments,
+            INPUTS_KEY: stage.inputs,
             "world_size": layout.world_size,
             LAYOUT_KEY: asdict(layout),
             "versions": {"internvl-pipeline": __version__, **{library: version(library) for library in LIBRARIES}},
@@ -70,7 +72,8 @@ class StageCommits:
         for checkpoint in self._iter_checkpoints():
             try:
                 manifest = read_manifest(checkpoint)
-                if not self._stage.resume and manifest.info["run_id"] != self._stage.run_id:
+                told = self._stage.resume_from
+                if (told or not self._stage.resume) and manifest.info["run_id"] != self._stage.run_id:
                     continue
                 path = fetch_checked(checkpoint, manifest, self._layout, self._cache_dir)
             except CheckpointCorrupt as error:
@@ -79,9 +82,18 @@ class StageCommits:
                 continue
             info = manifest.info
             return Committed(checkpoint, manifest.kind, manifest.step, info["counters"], info["world_size"], path)
+        if self._stage.resume_from is not None:
+            return self._get_told(self._stage.resume_from)
         if passed_over is not None:
             raise passed_over
         return None
+
+    def _get_told(self, checkpoint: CheckpointRef) -> Committed:
+        """Fetch the checkpoint that the stage was told to go on from; no other takes its place."""
+        manifest = read_manifest(checkpoint)
+        path = fetch_checked(checkpoint, manifest, self._layout, self._cache_dir)
+        info = manifest.info
+        return Committed(checkpoint, manifest.kind, manifest.step, info["counters"], info["world_size"], path)
 
     def publish(
         self, directory: Path, step: int, kind: CheckpointKind, counters: Mapping[str, int] | None = None

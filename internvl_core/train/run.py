@@ -43,6 +43,7 @@ from internvl_core.train.callbacks import (
 )
 from internvl_core.train.commit import Committed, StageCommits
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.local_commits import LocalCommits
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.resume import build_layout
@@ -63,7 +64,7 @@ logger = logging.getLogger(__name__)
 class StageRun:
     """Everything one attempt of a stage needs, on one rank.
 
-    Without a stage.json (a bare torchrun by hand) nothing is committed; the weights end up in `output_dir`.
+    Without a stage.json (a bare torchrun by hand) checkpoints stay in `output_dir`, and the weights end up in it.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class StageRun:
         # On the monotonic clock, before the seconds of imports, which are setup too.
         self._started = started
         self._arguments = arguments
-        self._is_packed = is_packed(arguments.to_values(), entry=entry)
+        values = arguments.to_values()
+        self._is_packed = is_packed(values, entry=entry)
         self._stage = stage
         self._link = link
         self._seconds: dict[str, float] = {}
@@ -88,11 +90,16 @@ class StageRun:
         directory = Path(arguments.extension.attempt_dir or self._output_dir)
         self._directory = directory
         self._metrics = MetricsFile(directory / METRICS_FILE)
-        self._commits = (
-            StageCommits(stage, layout=build_layout(training), metrics=self._metrics, cache_dir=self._cache_dir)
-            if stage
-            else None
-        )
+        kept: Any = {"layout": build_layout(training), "metrics": self._metrics, "cache_dir": self._cache_dir}
+        self._saves_dir = self._output_dir
+        self._commits: StageCommits | LocalCommits
+        if stage is not None:
+            self._commits = StageCommits(stage, **kept)
+        else:
+            self._commits = LocalCommits(values, entry=entry, output_dir=self._output_dir, **kept)
+            self._saves_dir = self._commits.saves_dir
+            # Trainer would count what does not verify, and go by the time of change.
+            training.save_total_limit = None
 
     def run(self) -> None:
         """Train from where the stage stands, evaluate, and hand the result over."""
@@ -116,7 +123,7 @@ class StageRun:
             trained = trainer.model
         scores = self._evaluate(trained, loaded)
         self._link.tell(Phase.FINISH)
-        if self._commits is None or final is None or not self._is_rank_zero:
+        if not isinstance(self._commits, StageCommits) or final is None or not self._is_rank_zero:
             return
         result = StageResult(step, final, {**self._summarize_curve(), **scores}, counters, self._seconds)
         self._commits.hand_over(result)
@@ -139,8 +146,6 @@ class StageRun:
 
     def _find_newest(self) -> Committed | None:
         """Let rank 0 choose for all: a commit between two looks would send ranks to different steps."""
-        if self._commits is None:
-            return None
         chosen = [self._commits.find_newest() if self._is_rank_zero else None]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
@@ -149,7 +154,9 @@ class StageRun:
             return None
         self._check_ranks(newest)
         with self._arguments.training.main_process_first(desc="fetching the checkpoint to resume from"):
-            path = newest.path if self._is_rank_zero else fetch(newest.checkpoint, self._cache_dir)
+            # A run by hand has its checkpoints on a disk that all ranks share; they have no URI.
+            is_here = self._is_rank_zero or (self._stage is None and newest.path.is_dir())
+            path = newest.path if is_here else fetch(newest.checkpoint, self._cache_dir)
         return replace(newest, path=path)
 
     def _check_ranks(self, newest: Committed) -> None:
@@ -241,10 +248,13 @@ class StageRun:
         meter = StepMeter(sampler.share, get_pack_limits(arguments) if self._is_packed else None)
         consensus = ConsensusCallback(self._link, ledger, meter, sampler)
         curve = MetricsCallback(self._metrics, ledger, meter)
-        callbacks = [ProgressCallback(self._link), consensus, curve]
-        if self._commits is not None:
-            callbacks.append(CommitCallback(partial(self._publish_training, ledger, sampler)))
-        callbacks.append(StopAfterSaveCallback(self._link, consensus))
+        callbacks = [
+            ProgressCallback(self._link),
+            consensus,
+            curve,
+            CommitCallback(partial(self._publish_training, ledger, sampler)),
+            StopAfterSaveCallback(self._link, consensus),
+        ]
         if self._is_packed:
             use_packed_attention(loaded.model, self._choose_attention())
         trainer = InternVLTrainer(
@@ -253,6 +263,7 @@ class StageRun:
             meter=meter,
             normalize_type=arguments.data.normalize_type,
             decay_all=arguments.extension.decay_all,
+            saves_dir=self._saves_dir,
             model=model,
             args=arguments.training,
             train_dataset=dataset,
@@ -264,6 +275,9 @@ class StageRun:
         if newest is not None:
             logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
             self._continue_curve(newest)
+        elif self._is_rank_zero:
+            # In the output_dir of a run by hand there may be the curve of an earlier one.
+            self._metrics.path.unlink(missing_ok=True)
         self._seconds["setup"] = time.monotonic() - self._started
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
@@ -274,7 +288,7 @@ class StageRun:
         return trainer
 
     def _publish_training(self, ledger: SampleLedger, sampler: StepSampler, directory: Path, step: int) -> None:
-        assert self._commits is not None
+        directory = self._saves_dir / directory.name
         ledger.save(directory)
         sampler.save(directory, step)
         self._note_base(directory)
@@ -297,7 +311,7 @@ class StageRun:
         else:
             trainer.save_model(str(final_dir))
         self._note_base(final_dir)
-        if self._commits is None or not self._is_rank_zero:
+        if not isinstance(self._commits, StageCommits) or not self._is_rank_zero:
             return None
         return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=counters)
 
@@ -340,7 +354,7 @@ def _settle(arguments: Arguments) -> None:
     training = arguments.training
     training.remove_unused_columns = False
     training.label_names = ["labels"]
-    if training.save_total_limit is not None:
+    if training.save_total_limit is not None and arguments.extension.attempt_dir is not None:
         logger.warning("save_total_limit: only local copies are pruned; what is committed stays in the store.")
     if training.disable_tqdm is None:
         # The log is a file, and metrics.jsonl is what progress is shown from.

@@ -43,14 +43,21 @@ class InternVLTrainer(Trainer):
         meter: StepMeter,
         normalize_type: str,
         decay_all: bool,
+        saves_dir: Path,
         **kwargs: Any,
     ) -> None:
+        """Set up training.
+
+        Args:
+            saves_dir: where checkpoints are written, in folders named `checkpoint-<step>`.
+        """
         super().__init__(train_dataset=train_dataset, **kwargs)
         self._sampler = sampler
         self._ledger = ledger
         self._meter = meter
         self._normalize_type = normalize_type
         self._decay_all = decay_all
+        self._saves_dir = saves_dir
         self._rates = LearningRates(self.args.learning_rate, vision=self.args.vision_lr, mlp=self.args.mlp_lr)
         self._first_rate = self.args.learning_rate
         self.add_callback(GradientCheck(self.model))
@@ -134,6 +141,10 @@ class InternVLTrainer(Trainer):
             fill(self.model, open_whole(folder, folder).weights, source=resume_from_checkpoint)
         else:
             load_adapter_into(self.model, folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Give the folder that Trainer writes checkpoints below."""
+        return str(self._saves_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights, configuration and tokenizer, without Trainer's pickle of this machine's arguments."""

@@ -15,6 +15,8 @@ import torch
 from rank_faults import Fault, dump_faults
 from safetensors.torch import load_file
 
+from internvl_core import __version__
+from internvl_core.argument_rules import fingerprint_arguments, resolve_arguments
 from internvl_core.checkpoint.store import Commit, StageStore, fetch
 from internvl_core.contract import CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.smoke.components import ComponentsSettings, generate_components
@@ -102,9 +104,11 @@ def launch(
     arguments: dict[str, Any],
     *,
     store: Path | None = None,
+    store_uri: str | None = None,
     entry: str = "finetune",
     num_ranks: int = 2,
     start_from: CheckpointRef | None = None,
+    resume_from: CheckpointRef | None = None,
     save_budget_s: float = 60,
     faults: Sequence[Fault] = (),
 ) -> RunningStage:
@@ -116,12 +120,24 @@ def launch(
         entry=entry,
         arguments={"output_dir": str(directory / "output"), "cache_dir": str(directory / "cache"), **arguments},
         launcher={"kind": "local", "nproc_per_node": num_ranks},
-        store_uri=f"file://{store or directory.parent / 'store'}",
+        store_uri=store_uri or f"file://{store or directory.parent / 'store'}",
         start_from=start_from,
         resume=True,
         save_budget_s=save_budget_s,
+        inputs=describe_inputs(arguments, entry=entry, num_ranks=num_ranks),
+        resume_from=resume_from,
     )
     return _launch_faulty(stage, directory, faults) if faults else launch_stage(stage, directory)
+
+
+def describe_inputs(arguments: dict[str, Any], *, entry: str, num_ranks: int) -> dict[str, Any]:
+    """Describe what a stage depends on, as its plan does, without digests of data and components."""
+    values = resolve_arguments(arguments)
+    return {
+        "entry": entry,
+        "trainer": __version__.split(".")[0],
+        "arguments": fingerprint_arguments(values, world_size=num_ranks),
+    }
 
 
 def _launch_faulty(stage: StageFile, directory: Path, faults: Sequence[Fault]) -> RunningStage:

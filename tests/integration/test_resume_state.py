@@ -119,6 +119,16 @@ def test_a_resume_with_all_of_the_state_ends_as_an_undisturbed_run(
     assert find_differences(resumed, undisturbed) == set()
 
 
+def test_a_stage_that_is_told_so_goes_on_from_a_checkpoint_of_another_store(
+    undisturbed: Attempt, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = find_commit(undisturbed, STEP).checkpoint
+    resumed = run(tmp_path / "1", arguments, resume_from=checkpoint)
+    assert f"Resuming from step {STEP}: {checkpoint.uri}" in resumed.log
+    assert find_differences(resumed, undisturbed) == set()
+    assert {commit.step for commit in resumed.commits} == {6}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "differing"),

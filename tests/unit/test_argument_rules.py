@@ -177,7 +177,6 @@ def test_an_old_spelling_is_mapped_and_said_once(
 @pytest.mark.parametrize(
     ("old", "value"),
     [
-        ("overwrite_output_dir", "True"),
         ("logging_dir", "runs"),
         ("save_safetensors", True),
         ("fp16_opt_level", "O1"),
@@ -315,7 +314,6 @@ def test_a_wrong_combination_is_refused_in_one_line(changes: dict[str, Any], sai
         ("accelerator_config", {"even_batches": False}),
         ("dataloader_in_order", False),
         ("average_tokens_across_devices", False),
-        ("resume_from_checkpoint", "checkpoint-10"),
         ("load_best_model_at_end", True),
         ("push_to_hub", True),
         ("auto_find_batch_size", True),
@@ -444,3 +442,19 @@ def test_of_deepspeed_only_being_on_counts_unless_the_configuration_is_the_users
     assert fingerprint({"deepspeed": str(first)}) != fingerprint({"deepspeed": str(second)})
     second.write_text(first.read_text())
     assert fingerprint({"deepspeed": str(first)}) == fingerprint({"deepspeed": str(second)})
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (True, "latest"),
+        ("True", "latest"),
+        ("latest", "latest"),
+        (False, None),
+        ("False", None),
+        (None, None),
+        ("s3://runs/stage-ab/data/1", "s3://runs/stage-ab/data/1"),
+    ],
+)
+def test_resuming_from_the_newest_is_said_as_the_original_says_it(given: Any, value: str | None) -> None:
+    assert resolve_arguments({**GOOD, "resume_from_checkpoint": given})["resume_from_checkpoint"] == value

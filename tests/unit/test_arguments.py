@@ -399,9 +399,9 @@ def test_a_value_for_a_negated_flag_is_refused() -> None:
 
 
 def test_old_spellings_are_said_on_the_command_line_too(caplog: pytest.LogCaptureFixture) -> None:
-    parse_arguments(["--evaluation_strategy", "no", "--overwrite_output_dir", "True"])
+    parse_arguments(["--evaluation_strategy", "no", "--logging_dir", "runs"])
     said = [record.getMessage().split(":")[0] for record in caplog.records if record.levelno == logging.WARNING]
-    assert sorted(said) == ["evaluation_strategy", "overwrite_output_dir"]
+    assert sorted(said) == ["evaluation_strategy", "logging_dir"]
 
 
 # launch

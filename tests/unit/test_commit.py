@@ -5,7 +5,7 @@ from training_checkpoints import republish, write_training_files
 
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.training_files import TrainingLayout
-from internvl_core.contract import StageFile
+from internvl_core.contract import CheckpointRef, StageFile
 from internvl_core.errors import CheckpointCorrupt
 from internvl_core.train.commit import StageCommits
 from internvl_core.train.metrics import MetricsFile
@@ -13,7 +13,9 @@ from internvl_core.train.metrics import MetricsFile
 LAYOUT = TrainingLayout(1)
 
 
-def open_commits(folder: Path, *, run_id: str, resume: bool) -> StageCommits:
+def open_commits(
+    folder: Path, *, run_id: str, resume: bool = True, resume_from: CheckpointRef | None = None
+) -> StageCommits:
     stage = StageFile(
         run_id=run_id,
         stage="stage1",
@@ -26,6 +28,7 @@ def open_commits(folder: Path, *, run_id: str, resume: bool) -> StageCommits:
         start_from=None,
         resume=resume,
         save_budget_s=1,
+        resume_from=resume_from,
     )
     return StageCommits(stage, layout=LAYOUT, metrics=MetricsFile(folder / "metrics.jsonl"), cache_dir=folder / "cache")
 
@@ -69,3 +72,19 @@ def test_what_is_not_complete_is_not_committed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointCorrupt, match=r"rng_state.pth \(the random state of rank 0\) missing"):
         commits.publish(saved, 3, CheckpointKind.TRAINING)
     assert commits.find_newest() is None
+
+
+def test_a_told_checkpoint_comes_before_those_of_other_runs_and_after_what_its_own_run_committed_since(
+    tmp_path: Path,
+) -> None:
+    others = open_commits(tmp_path, run_id="other")
+    told = others.publish(write_training_files(tmp_path / "3", 3, LAYOUT), 3, CheckpointKind.TRAINING)
+    others.publish(write_training_files(tmp_path / "5", 5, LAYOUT), 5, CheckpointKind.TRAINING)
+    commits = open_commits(tmp_path, run_id="own", resume_from=told)
+    found = commits.find_newest()
+    assert found is not None
+    assert found.checkpoint == told
+    since = commits.publish(write_training_files(tmp_path / "4", 4, LAYOUT), 4, CheckpointKind.TRAINING)
+    found = open_commits(tmp_path, run_id="own", resume_from=told).find_newest()
+    assert found is not None
+    assert found.checkpoint == since
