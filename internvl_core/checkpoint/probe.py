@@ -2,20 +2,21 @@
 
 import logging
 import secrets
-from concurrent.futures import Future
-from threading import Thread
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier, Thread
 
-from internvl_core.checkpoint.backend import Backend, open_backend
+from internvl_core.checkpoint.backend import Backend, create_once, open_backend
 from internvl_core.checkpoint.uri import UNVERIFIED_PROTOCOLS, normalize_store_uri
 from internvl_core.errors import CheckpointError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 PROBE_LIMIT_S = 15.0
+NUM_RACERS = 8
 
 
 def check_store(store_uri: str) -> None:
-    """Try a store before anything is trained: create, create again, read, list, remove.
+    """Try a store before anything is trained: create, create again, read, list, race to create, remove.
 
     Raises:
         ArgumentError: the URI cannot be that of a store.
@@ -55,11 +56,13 @@ def _probe(backend: Backend) -> None:
     backend.create(name, body)
     try:
         _check_promises(backend, name, body)
+        _race(backend, f"{name}-race")
     finally:
-        try:
-            backend.remove(name)
-        except CheckpointError as error:
-            logger.warning("The probe %s/%s could not be removed: %s", backend.uri, name, error)
+        for left in (name, f"{name}-race"):
+            try:
+                backend.remove(left)
+            except CheckpointError as error:
+                logger.warning("The probe %s/%s could not be removed: %s", backend.uri, left, error)
 
 
 def _check_promises(backend: Backend, name: str, body: bytes) -> None:
@@ -73,6 +76,24 @@ def _check_promises(backend: Backend, name: str, body: bytes) -> None:
         raise StoreUnavailable("What was written is not what is read.")
     if name not in backend.list_names(""):
         raise StoreUnavailable("What was written is not listed.")
+
+
+def _race(backend: Backend, name: str) -> None:
+    """Create one object from several threads at once: a store that looks first and writes then lets more than one."""
+    start = Barrier(NUM_RACERS)
+
+    def create(body: bytes) -> bool:
+        start.wait()
+        return create_once(backend, name, body)
+
+    bodies = [bytes([racer]) * 32 for racer in range(NUM_RACERS)]
+    with ThreadPoolExecutor(NUM_RACERS) as pool:
+        winners = [body for body, has_won in zip(bodies, pool.map(create, bodies), strict=True) if has_won]
+    if len(winners) != 1 or backend.read(name) != winners[0]:
+        raise StoreUnavailable(
+            f"It lies: {len(winners)} of {NUM_RACERS} racing writers were told that they alone created one object, so "
+            "two runs could overwrite each other."
+        )
 
 
 def _tell(uri: str, cause: str) -> str:

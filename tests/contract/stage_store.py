@@ -1,16 +1,19 @@
 """A stage's store on every protocol, for the suites of this folder to inherit."""
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from internvl_core.checkpoint import handover, publication
+from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.remote_backend import open_filesystem
-from internvl_core.checkpoint.store import Commit, Lease, Owner, StageStore
+from internvl_core.checkpoint.store import Commit, Lease, Owner, StageStore, fetch
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt
 
@@ -115,6 +118,24 @@ def choose_nothing(commits: Iterable[Commit]) -> None:
     """Start afresh."""
 
 
+@contextmanager
+def not_looking() -> Iterator[None]:
+    """Let a zombie commit without a look at the leases: as if it had looked just before it was fenced."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (handover, publication):
+            patch.setattr(module, "check_fence", lambda backend, fence: None)
+        yield
+
+
+def fetch_steps(store: StageStore, tmp_path: Path, *, passes_over: Iterable[int] = ()) -> list[int]:
+    """Fetch everything that is committed and live, and read from each which step it is."""
+    return [
+        int((fetch(commit.checkpoint, tmp_path / "cache") / "step.txt").read_text())
+        for commit in store.list_committed()
+        if commit.step not in passes_over
+    ]
+
+
 def write_files(directory: Path, content: dict[str, bytes]) -> Path:
     for path, body in content.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +164,8 @@ def open_uri(uri: str) -> tuple[Any, str]:
 
 def write(uri: str, body: bytes) -> None:
     """Put an object where it may be or not be, behind the store's back."""
-    filesystem, path = open_uri(uri)
-    filesystem.pipe_file(path, body)
+    folder, _, name = uri.rpartition("/")
+    open_backend(folder).put(name, body)
 
 
 def overwrite(uri: str, change: Callable[[bytes], bytes]) -> None:

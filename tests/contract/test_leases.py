@@ -25,13 +25,13 @@ from stage_store import (
     flip_byte,
     list_objects,
     make_owner,
+    not_looking,
     overwrite,
     remove,
     take_lease,
     write,
 )
 
-from internvl_core.checkpoint import handover, publication
 from internvl_core.checkpoint.acquisition import BEAT_TTL_S
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import Commit, Owner, StageStore, resolve_checkpoint
@@ -53,15 +53,6 @@ def another_process() -> Iterator[Owner]:
         assert process.stdout is not None
         yield Owner(**json.loads(process.stdout.readline()))
         process.communicate()
-
-
-@contextmanager
-def not_looking() -> Iterator[None]:
-    """Let a zombie commit without a look at the leases: as if it had looked just before it was fenced."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (handover, publication):
-            patch.setattr(module, "check_fence", lambda backend, fence: None)
-        yield
 
 
 def lease_uri(store: StageStore, fence: int) -> str:

@@ -89,6 +89,24 @@ class LyingFileSystem(FaultyFileSystem):
         super().pipe_file(path, value)
 
 
+class LookingFileSystem(FaultyFileSystem):
+    """A store that looks whether a name is taken and then writes, as fsspec does on local files."""
+
+    protocol = "looking"
+    everybody_looked: ClassVar[threading.Barrier] = threading.Barrier(probe.NUM_RACERS)
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).removeprefix("looking://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create" and self.exists(path):
+            raise FileExistsError(path)
+        if path.endswith("-race"):
+            self.everybody_looked.wait()
+        super().pipe_file(path, value)
+
+
 class HangingFileSystem(FaultyFileSystem):
     """A store that never answers, like a network mount whose server is gone."""
 
@@ -99,7 +117,7 @@ class HangingFileSystem(FaultyFileSystem):
         self.released.wait()
 
 
-for _filesystem in (FaultyFileSystem, LyingFileSystem, HangingFileSystem):
+for _filesystem in (FaultyFileSystem, LyingFileSystem, LookingFileSystem, HangingFileSystem):
     fsspec.register_implementation(_filesystem.protocol, _filesystem, clobber=True)
 
 
@@ -207,6 +225,13 @@ def test_a_store_that_overwrites_instead_of_creating_is_refused() -> None:
     with pytest.raises(StoreUnavailable, match="created twice"):
         check_store("lying://runs")
     assert open_backend("lying://runs").list_names("") == []
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_that_looks_and_then_writes_is_refused() -> None:
+    with pytest.raises(StoreUnavailable, match="It lies: 8 of 8 racing writers"):
+        check_store("looking://runs")
+    assert open_backend("looking://runs").list_names("") == []
 
 
 def test_a_store_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
