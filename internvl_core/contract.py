@@ -168,7 +168,8 @@ class StageFailure(_AtomicFile):
             error=type(error).__name__ if known else InternVLError.__name__,
             message=str(error) if known else f"{type(error).__name__}: {first_line}",
             rank=rank,
-            step=step,
+            step=error.step if isinstance(error, InternVLError) and step is None else step,
+            sample_ids=list(error.sample_ids) if isinstance(error, InternVLError) else [],
             traceback="".join(traceback.format_exception(error)),
         )
 

@@ -25,6 +25,7 @@ supervisor and the control plane read these classes without torch.
 """
 
 import enum
+from collections.abc import Sequence
 
 
 class InternVLError(Exception):
@@ -32,6 +33,9 @@ class InternVLError(Exception):
 
     exit_code = 70
     is_retryable = False
+    step: int | None = None
+    sample_ids: Sequence[str] = ()
+    """`<data set>:<line>` of the samples it is about."""
 
 
 class ArgumentError(InternVLError):
@@ -137,6 +141,11 @@ class GateNotPassed(InternVLError):
 
 class StageError(InternVLError):
     """A stage's subprocess failed; read from its failure.json."""
+
+    def __init__(self, message: str, *, step: int | None = None, sample_ids: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.sample_ids = sample_ids
 
 
 class OutOfMemory(StageError):

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from internvl_core.errors import NonFinite
 from internvl_core.progress import Phase
+from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.sampler import StepSampler
+from internvl_core.train.spike import find_spike
 from internvl_core.train.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,15 @@ EMA_DECAY = 0.98
 class MetricsCallback(TrainerCallback):
     """Append a line to metrics.jsonl at each log step, on rank 0; each step that is saved is one.
 
-    A loss or gradient norm that is not finite ends training on every rank: the weights it
-    made are never saved. Place it behind whatever asks for a save and behind the ranks' consensus.
+    The loss of a line is the mean of the steps that were applied; without any there is no line. Place
+    it behind whatever asks for a save and behind the ranks' consensus.
     """
 
-    def __init__(self, metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter) -> None:
+    def __init__(self, metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps) -> None:
         self._metrics = metrics
         self._ledger = ledger
         self._meter = meter
+        self._finite = finite
         self._last_time = 0.0
         self._last_step = 0
         self._began = 0.0
@@ -75,16 +77,7 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        # In fp16 a gradient that overflows is routine: the scaler skips the step and lowers its scale.
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise NonFinite(
-                    f"step {state.global_step}: {name} is {logs[name]}. Nothing after the last committed checkpoint "
-                    "is kept. Lower learning_rate, or look at the samples of the last steps."
-                )
-        if not state.is_world_process_zero:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
         elapsed_s = max(now - self._last_time, 1e-9)
@@ -98,11 +91,14 @@ class MetricsCallback(TrainerCallback):
             loss_ema=self._loss_ema,
             learning_rate=logs["learning_rate"],
             **{name: value for name, value in logs.items() if name.startswith("learning_rate/")},
-            **({"grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}),
+            # In fp16 a gradient that overflows is routine: the scaler skips the step and lowers its scale.
+            **({"grad_norm": logs["grad_norm"]} if math.isfinite(logs.get("grad_norm", math.inf)) else {}),
+            **find_spike(logs["loss"], state),
             steps_per_s=steps / elapsed_s,
             **self._meter.read(elapsed_s),
             **self._ledger.read_mixture(),
             bad_samples=self._ledger.counters["bad_samples"],
+            **self._finite.counters,
             eta_s=(state.max_steps - state.global_step) * elapsed_s / max(steps, 1),
         )
         self._last_time, self._last_step = now, state.global_step
@@ -126,23 +122,39 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self._link.tell(self._phase, state.global_step)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._link.tell(self._phase, state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._phase = Phase.STEP
         self._link.tell(self._phase, state.global_step)
 
 
 class ConsensusCallback(TrainerCallback):
-    """What the ranks tell each other after each step: stop requests, bad samples, tokens, waits.
+    """What the ranks tell each other in each step: stop requests, bad samples, tokens, waits, what is not finite.
 
-    One all-reduce carries it all. All ranks save and leave at the same step, when any of them was asked to stop.
+    One all-reduce carries it all, once the gradients of a step are there: what is not finite must be
+    known before the optimizer uses it, and a device is asked for an answer once a step. All ranks
+    save and leave at the same step, when any of them was asked to stop.
     """
 
-    def __init__(self, link: SupervisorLink, ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
+    def __init__(
+        self,
+        link: SupervisorLink,
+        ledger: SampleLedger,
+        meter: StepMeter,
+        sampler: StepSampler,
+        finite: FiniteSteps,
+    ) -> None:
         self._link = link
         self._ledger = ledger
         self._meter = meter
         self._sampler = sampler
+        self._finite = finite
         self._epoch = 0.0
+        self._is_asked_to_stop = False
         self.is_stopping = False
 
     def on_train_begin(
@@ -150,23 +162,28 @@ class ConsensusCallback(TrainerCallback):
     ) -> None:
         self._epoch = state.epoch or 0.0
 
-    def on_step_end(
+    def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         # In each step: ranks that left at different steps would hang.
-        measured = self._meter.take()
-        told = torch.tensor(
-            [int(self._link.is_set), *measured, *self._ledger.take()], device=args.device, dtype=torch.int64
-        )
+        measured, counted = self._meter.take(), self._ledger.take()
+        counts = torch.tensor([int(self._link.is_set), *measured, *counted], dtype=torch.int64)
+        told = torch.cat([counts.to(args.device), self._finite.take(args.device)])
         if dist.is_initialized():
             dist.all_reduce(told)
         num_asked, *sums = told.tolist()
-        step = self._sampler.get_step(state.global_step)
+        self._is_asked_to_stop = num_asked > 0
+        step = self._sampler.get_step(state.global_step + 1)
         state.num_input_tokens_seen += self._meter.add(sums[: len(measured)], step)
-        self._ledger.add(sums[len(measured) :])
-        self._end_epoch(args, state, control, step.epoch)
+        self._ledger.add(sums[len(measured) : len(measured) + len(counted)])
+        self._finite.add(sums[len(measured) + len(counted) :])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._end_epoch(args, state, control, self._sampler.get_step(state.global_step).epoch)
         # At the last step training ends by itself, and the final checkpoint is worth more than one to resume from.
-        if num_asked and state.global_step < state.max_steps:
+        if self._is_asked_to_stop and state.global_step < state.max_steps:
             self.is_stopping = True
             control.should_save = True
             control.should_training_stop = True

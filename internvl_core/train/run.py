@@ -42,6 +42,7 @@ from internvl_core.train.callbacks import (
     StopAfterSaveCallback,
 )
 from internvl_core.train.commit import Committed, StageCommits
+from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.local_commits import LocalCommits
 from internvl_core.train.meter import StepMeter
@@ -57,6 +58,7 @@ from internvl_core.train.training_data import (
     get_pack_limits,
     list_data_values,
 )
+from internvl_core.train.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -246,11 +248,14 @@ class StageRun:
             resume_from=newest.path if newest else None,
         )
         meter = StepMeter(sampler.share, get_pack_limits(arguments) if self._is_packed else None)
-        consensus = ConsensusCallback(self._link, ledger, meter, sampler)
-        curve = MetricsCallback(self._metrics, ledger, meter)
+        update = Update()
+        finite = FiniteSteps(update, max_in_a_row=arguments.extension.max_non_finite_steps)
+        consensus = ConsensusCallback(self._link, ledger, meter, sampler, finite)
+        curve = MetricsCallback(self._metrics, ledger, meter, finite)
         callbacks = [
             ProgressCallback(self._link),
             consensus,
+            finite,
             curve,
             CommitCallback(partial(self._publish_training, ledger, sampler)),
             StopAfterSaveCallback(self._link, consensus),
@@ -261,6 +266,8 @@ class StageRun:
             sampler=sampler,
             ledger=ledger,
             meter=meter,
+            update=update,
+            finite=finite,
             normalize_type=arguments.data.normalize_type,
             decay_all=arguments.extension.decay_all,
             saves_dir=self._saves_dir,
@@ -359,7 +366,7 @@ def _settle(arguments: Arguments) -> None:
     if training.disable_tqdm is None:
         # The log is a file, and metrics.jsonl is what progress is shown from.
         training.disable_tqdm = True
-    # A NaN must be seen, not replaced in the running mean (F7).
+    # A step that is not finite is left out, seen and counted, not replaced in the running mean (F7).
     training.logging_nan_inf_filter = False
     # Counted by the step meter, which tells all ranks in one all-reduce a step.
     training.include_num_input_tokens_seen = "no"
@@ -374,6 +381,7 @@ def _settle(arguments: Arguments) -> None:
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:
     return {
+        **trainer.finite.counters,
         "trainable_parameters": count_trainable(trainer.model),
         "total_parameters": count_parameters(trainer.model),
         "tokens": int(trainer.state.num_input_tokens_seen),

@@ -21,11 +21,13 @@ from internvl_core.model.save import save_model
 from internvl_core.model.skeleton import fill
 from internvl_core.model.sources import open_whole
 from internvl_core.stop_signals import STOP_SIGNALS
+from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.gradient_check import GradientCheck
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.optimizer import LearningRates, build_parameter_groups
 from internvl_core.train.sampler import StepSampler
+from internvl_core.train.update import Forward, Update
 
 
 class InternVLTrainer(Trainer):
@@ -41,6 +43,8 @@ class InternVLTrainer(Trainer):
         sampler: StepSampler,
         ledger: SampleLedger,
         meter: StepMeter,
+        update: Update,
+        finite: FiniteSteps,
         normalize_type: str,
         decay_all: bool,
         saves_dir: Path,
@@ -55,6 +59,9 @@ class InternVLTrainer(Trainer):
         self._sampler = sampler
         self._ledger = ledger
         self._meter = meter
+        self._update = update
+        self.finite = finite
+        self._loss_before: Tensor | None = None
         self._normalize_type = normalize_type
         self._decay_all = decay_all
         self._saves_dir = saves_dir
@@ -114,14 +121,37 @@ class InternVLTrainer(Trainer):
     ) -> Any:
         # Times the ranks: DDP and DeepSpeed take the mean of their gradients, not the sum.
         output = model(**inputs, loss_normalizer=num_items_in_batch / self.args.world_size)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = self.finite.watch_loss(output.loss)
+        return (loss, output) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed steps within its backward pass.
+        is_applied = self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped
+        self.finite.watch_norm(norm, is_applied=is_applied)
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Log, and keep the loss of a step that was left out from the mean."""
+        if self.finite.take_skipped():
+            grad_norm = None
+            if self._loss_before is None:
+                tr_loss.zero_()
+            else:
+                tr_loss.copy_(self._loss_before)
+            # As if one step fewer had been since: the mean's divisor.
+            self._globalstep_last_logged += 1
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self._loss_before = tr_loss.clone()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
-        self._ledger.record(inputs.pop("sample_ids"), inputs.pop("bad_samples"), step=self.state.global_step)
-        self._meter.record_batch(
-            tokens=inputs.pop("num_tokens"), tiles=inputs["num_tiles"], places=inputs["input_ids"].numel()
+        forward = Forward(
+            inputs.pop("sample_ids"), inputs.pop("num_tokens"), inputs["num_tiles"], inputs["input_ids"].numel()
         )
+        self._update.record(forward, step=self.state.global_step + 1)
+        self._ledger.record(forward.sample_ids, inputs.pop("bad_samples"), step=self.state.global_step)
+        self._meter.record_batch(tokens=forward.tokens, tiles=forward.tiles, places=forward.places)
         # Past DeepSpeed, for which Trainer would round them to bf16.
         loss_weights = inputs.pop("loss_weights").to(self.args.device)
         inputs = super()._prepare_inputs(inputs)

@@ -111,7 +111,13 @@ def launch(
     resume_from: CheckpointRef | None = None,
     save_budget_s: float = 60,
     faults: Sequence[Fault] = (),
+    ranks: Sequence[str] = (),
 ) -> RunningStage:
+    """Start a stage.
+
+    Args:
+        ranks: script and first arguments of each rank, instead of the trainer's entry.
+    """
     stage = StageFile(
         run_id="run",
         stage="stage",
@@ -127,7 +133,9 @@ def launch(
         inputs=describe_inputs(arguments, entry=entry, num_ranks=num_ranks),
         resume_from=resume_from,
     )
-    return _launch_faulty(stage, directory, faults) if faults else launch_stage(stage, directory)
+    if faults:
+        ranks = [str(FAULTY_RANK), entry, dump_faults(faults)]
+    return _launch_other_ranks(stage, directory, ranks) if ranks else launch_stage(stage, directory)
 
 
 def describe_inputs(arguments: dict[str, Any], *, entry: str, num_ranks: int) -> dict[str, Any]:
@@ -140,11 +148,11 @@ def describe_inputs(arguments: dict[str, Any], *, entry: str, num_ranks: int) ->
     }
 
 
-def _launch_faulty(stage: StageFile, directory: Path, faults: Sequence[Fault]) -> RunningStage:
+def _launch_other_ranks(stage: StageFile, directory: Path, ranks: Sequence[str]) -> RunningStage:
     """Start the stage as `launch_stage` does, with ranks to which something happens."""
     command = build_command(stage, directory)
     start = command.index("-m", command.index("torch.distributed.run"))
-    command[start : start + 2] = [str(FAULTY_RANK), stage.entry, dump_faults(faults)]
+    command[start : start + 2] = ranks
     directory.mkdir(parents=True, exist_ok=True)
     stage.write(directory)
     return launch_command(command, directory, get_limits(stage))

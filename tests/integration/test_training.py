@@ -237,10 +237,12 @@ def test_ranks_and_accumulation_share_the_batch_without_changing_the_result(inpu
 
 def test_a_loss_that_is_not_finite_ends_the_stage_and_nothing_is_committed(inputs: Inputs, tmp_path: Path) -> None:
     arguments = {**inputs.arguments, "learning_rate": 1e30, "max_steps": 4, "save_strategy": "steps", "save_steps": 3}
-    attempt = run(tmp_path / "1", {**arguments, "logging_steps": 100})
+    attempt = run(tmp_path / "1", {**arguments, "logging_steps": 100, "max_non_finite_steps": 1})
     assert (attempt.failure.error, attempt.exit_code) == ("NonFinite", 78)
     assert "\n" not in attempt.failure.message
-    assert attempt.failure.message.startswith("step 3: loss is nan")
+    assert "not finite in 1 step," in attempt.failure.message
+    assert ": 2 (" in attempt.failure.message
+    assert attempt.failure.sample_ids
     assert attempt.commits == []
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from internvl_core.data.quarantine import BadSample
-from internvl_core.errors import DataError, NonFinite, Reason
+from internvl_core.errors import DataError, Reason
 from internvl_core.progress import Phase
 from internvl_core.train.callbacks import (
     EMA_DECAY,
@@ -20,11 +20,13 @@ from internvl_core.train.callbacks import (
     ProgressCallback,
     StopAfterSaveCallback,
 )
+from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.sampler import Share, StepSampler
 from internvl_core.train.steps import Step
+from internvl_core.train.update import Update
 
 SHARE = Share(0, 1, 1, 1)
 
@@ -75,6 +77,20 @@ def meter() -> StepMeter:
     return StepMeter(SHARE, None)
 
 
+@pytest.fixture
+def finite() -> FiniteSteps:
+    return FiniteSteps(Update(), max_in_a_row=3)
+
+
+def finish(consensus: ConsensusCallback, reached: TrainerState, wanted: Any = None) -> TrainerControl:
+    """End a step as Trainer does; its number goes up in the middle."""
+    wanted = wanted or arguments()
+    reached.global_step -= 1
+    consensus.on_pre_optimizer_step(wanted, reached, TrainerControl())
+    reached.global_step += 1
+    return consensus.on_step_end(wanted, reached, TrainerControl())
+
+
 class Plan:
     """Two steps an epoch, of a sample each."""
 
@@ -100,13 +116,13 @@ def sampler() -> StepSampler:
 
 
 @pytest.fixture
-def consensus(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> ConsensusCallback:
-    return ConsensusCallback(Link(), ledger, meter, sampler)
+def consensus(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps) -> ConsensusCallback:
+    return ConsensusCallback(Link(), ledger, meter, sampler, finite)
 
 
 @pytest.fixture
-def callback(metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter) -> MetricsCallback:
-    return MetricsCallback(metrics, ledger, meter)
+def callback(metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps) -> MetricsCallback:
+    return MetricsCallback(metrics, ledger, meter, finite)
 
 
 def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(
@@ -139,26 +155,43 @@ def test_only_rank_0_writes_and_only_lines_with_a_loss(callback: MetricsCallback
     assert metrics.read() == []
 
 
-@pytest.mark.parametrize("is_main", [True, False])
-@pytest.mark.parametrize("logs", [{"loss": float("nan")}, {"loss": 1.0, "grad_norm": float("inf")}])
-def test_a_value_that_is_not_finite_ends_training_on_every_rank(
-    callback: MetricsCallback, metrics: MetricsFile, logs: dict[str, float], is_main: bool
+def test_the_norm_of_a_gradient_that_overflowed_in_fp16_is_left_out_of_the_line(
+    callback: MetricsCallback, metrics: MetricsFile
 ) -> None:
-    with pytest.raises(NonFinite, match=r"^step 3: (loss is nan|grad_norm is inf)\. ") as failure:
-        log(callback, state(3, is_main=is_main), **logs)
-    assert "\n" not in str(failure.value)
-    assert metrics.read() == []
+    log(callback, state(1), loss=1.0, grad_norm=float("inf"))
+    assert "grad_norm" not in metrics.read()[0]
 
 
-def test_a_gradient_that_overflows_in_fp16_is_the_scalers_business(callback: MetricsCallback) -> None:
-    logs = {"loss": 1.0, "learning_rate": 0.1, "grad_norm": float("inf")}
-    callback.on_log(arguments(fp16=True), state(1), TrainerControl(), logs=logs)
-    with pytest.raises(NonFinite):
-        callback.on_log(arguments(fp16=True), state(1), TrainerControl(), logs={**logs, "loss": float("nan")})
+def test_steps_that_were_left_out_are_counted_in_the_line(
+    callback: MetricsCallback, metrics: MetricsFile, finite: FiniteSteps
+) -> None:
+    log(callback, state(1), loss=1.0)
+    finite.skipped_steps = 2
+    log(callback, state(2), loss=1.0)
+    assert [line["skipped_steps"] for line in metrics.read()] == [0, 2]
+
+
+def test_a_loss_that_leaps_is_an_event_and_nothing_else(
+    callback: MetricsCallback, metrics: MetricsFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    current = state(8)
+    current.log_history = [{"loss": 0.5}, *[{"loss": 2.0}] * 6, {"eval_accuracy": 1.0}, {"loss": 21.0}]
+    log(callback, current, loss=21.0)
+    current.log_history.append({"loss": 19.0})
+    log(callback, current, loss=19.0)
+    assert [line.get("loss_spike") for line in metrics.read()] == [10.5, None]
+    assert "step 8: the loss leapt to 21, 10.5 times the median 2 of the 7 logged before" in caplog.text
+
+
+def test_the_first_losses_have_nothing_to_leap_from(callback: MetricsCallback, metrics: MetricsFile) -> None:
+    current = state(5)
+    current.log_history = [*[{"loss": 0.1}] * 4, {"loss": 9.0}]
+    log(callback, current, loss=9.0)
+    assert "loss_spike" not in metrics.read()[0]
 
 
 @pytest.mark.parametrize("reason", ["should_save", "should_training_stop"])
-def test_what_is_saved_is_logged_before_so_that_its_loss_is_checked(callback: MetricsCallback, reason: str) -> None:
+def test_what_is_saved_is_logged_before(callback: MetricsCallback, reason: str) -> None:
     assert callback.on_step_end(arguments(), state(3), TrainerControl(**{reason: True})).should_log
     assert not callback.on_step_end(arguments(), state(3), TrainerControl()).should_log
     assert callback.on_epoch_end(arguments(), state(3), TrainerControl(should_save=True)).should_log
@@ -166,11 +199,11 @@ def test_what_is_saved_is_logged_before_so_that_its_loss_is_checked(callback: Me
 
 def test_too_many_bad_samples_end_training_at_the_step(ledger: SampleLedger, consensus: ConsensusCallback) -> None:
     ledger.record(["pets:1"], [], step=0)
-    consensus.on_step_end(arguments(), state(1), TrainerControl())
+    finish(consensus, state(1))
     assert ledger.counters["samples"] == 1
     ledger.record(["pets:2"], [BadSample("pets", 3, Reason.MEDIA, "broken")], step=1)
     with pytest.raises(DataError, match="pets: 1 of 3"):
-        consensus.on_step_end(arguments(), state(2), TrainerControl())
+        finish(consensus, state(2))
 
 
 def test_tokens_of_all_steps_are_counted(meter: StepMeter, consensus: ConsensusCallback) -> None:
@@ -178,7 +211,7 @@ def test_tokens_of_all_steps_are_counted(meter: StepMeter, consensus: ConsensusC
     for step in (1, 2):
         meter.record_batch(tokens=10 * step, tiles=0, places=40)
         counted.global_step = step
-        consensus.on_step_end(arguments(), counted, TrainerControl())
+        finish(consensus, counted)
     assert counted.num_input_tokens_seen == 30
 
 
@@ -187,7 +220,7 @@ def test_an_epoch_ends_within_what_is_one_epoch_to_trainer(consensus: ConsensusC
     saved, logged = [], []
     for step in range(1, 11):
         current = state(step, epoch=step / 10)
-        control = consensus.on_step_end(wanted, current, TrainerControl())
+        control = finish(consensus, current, wanted)
         assert current.epoch == step / 2
         saved += [step] * control.should_save
         logged += [step] * control.should_log
@@ -195,33 +228,35 @@ def test_an_epoch_ends_within_what_is_one_epoch_to_trainer(consensus: ConsensusC
     assert saved == logged == [2, 4, 6, 8]
 
 
-def test_a_stop_request_saves_and_ends_training(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler) -> None:
+def test_a_stop_request_saves_and_ends_training(
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps
+) -> None:
     link = Link()
-    callback = ConsensusCallback(link, ledger, meter, sampler)
-    control = callback.on_step_end(arguments(), state(3), TrainerControl())
+    callback = ConsensusCallback(link, ledger, meter, sampler, finite)
+    control = finish(callback, state(3))
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
     link.set()
-    control = callback.on_step_end(arguments(), state(4), TrainerControl())
+    control = finish(callback, state(4))
     assert control.should_save
     assert control.should_training_stop
     assert callback.is_stopping
 
 
 def test_a_stop_request_at_the_last_step_lets_training_finish(
-    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps
 ) -> None:
     link = Link()
     link.set()
-    callback = ConsensusCallback(link, ledger, meter, sampler)
-    control = callback.on_step_end(arguments(), state(10), TrainerControl())
+    callback = ConsensusCallback(link, ledger, meter, sampler, finite)
+    control = finish(callback, state(10))
     assert [control.should_save, control.should_training_stop, callback.is_stopping] == [False] * 3
 
 
 def test_a_stop_during_a_save_ends_training_without_a_second_one(
-    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps
 ) -> None:
     link = Link()
-    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    consensus = ConsensusCallback(link, ledger, meter, sampler, finite)
     callback = StopAfterSaveCallback(link, consensus)
     control = callback.on_save(arguments(), state(4), TrainerControl())
     assert not control.should_training_stop
@@ -231,29 +266,31 @@ def test_a_stop_during_a_save_ends_training_without_a_second_one(
 
 
 def test_a_stop_during_the_save_of_the_last_step_lets_training_finish(
-    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps
 ) -> None:
     link = Link()
     link.set()
-    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    consensus = ConsensusCallback(link, ledger, meter, sampler, finite)
     control = StopAfterSaveCallback(link, consensus).on_save(arguments(), state(10), TrainerControl())
     assert (control.should_training_stop, consensus.is_stopping) == (False, False)
 
 
 def test_the_supervisor_is_told_of_batches_and_steps_and_of_a_save_before_it_begins(
-    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler
+    ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, finite: FiniteSteps
 ) -> None:
     link = Link()
     progress = ProgressCallback(link)
-    consensus = ConsensusCallback(link, ledger, meter, sampler)
+    consensus = ConsensusCallback(link, ledger, meter, sampler, finite)
     for step in (0, 1):
         progress.on_step_begin(arguments(), state(step), TrainerControl())
         progress.on_substep_end(arguments(), state(step), TrainerControl())
+        progress.on_pre_optimizer_step(arguments(), state(step), TrainerControl())
         progress.on_step_end(arguments(), state(step + 1), TrainerControl())
         consensus.on_step_end(arguments(), state(step + 1), TrainerControl(should_save=step == 1))
     assert link.told == [
-        *[(Phase.SETUP, 0), (Phase.SETUP, 0), (Phase.STEP, 1)],
-        *[(Phase.STEP, 1), (Phase.STEP, 1), (Phase.STEP, 2), (Phase.SAVE, 2)],
+        *[(Phase.SETUP, 0)] * 3,
+        *[(Phase.STEP, 1)] * 4,
+        *[(Phase.STEP, 2), (Phase.SAVE, 2)],
     ]
 
 
@@ -266,12 +303,14 @@ def test_only_rank_0_commits_what_was_saved() -> None:
     assert committed == [(Path("out/checkpoint-4"), 4)]
 
 
-def test_the_mean_of_the_loss_goes_on_over_a_resume(ledger: SampleLedger, meter: StepMeter, tmp_path: Path) -> None:
+def test_the_mean_of_the_loss_goes_on_over_a_resume(
+    ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps, tmp_path: Path
+) -> None:
     losses = {2: 4.0, 4: 3.0, 5: 2.0, 8: 2.5}
 
     def train(path: Path, *, first: int, last: int) -> list[float]:
         metrics = MetricsFile(path)
-        callback = MetricsCallback(metrics, ledger, meter)
+        callback = MetricsCallback(metrics, ledger, meter, finite)
         callback.on_train_begin(arguments(), state(first), TrainerControl())
         for step, loss in losses.items():
             if first < step <= last:
