@@ -7,6 +7,9 @@ export PREFECT_HOME ?= $(CURDIR)/runs/prefect
 # Tests of one process each; those that start ranks and servers take all cores themselves.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# So many tests of faults are drawn for `make test`.
+FAULTS := 24
+
 .PHONY: help install smoke test test-all check format schema clean
 
 help:  ## Show this list.
@@ -25,7 +28,7 @@ smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
 
 test: check  ## Run every test that CI runs.
 	$(BIN)/pytest tests/unit tests/contract -m 'not slow' $(PARALLEL)
-	$(BIN)/pytest tests/integration tests/faults tests/e2e -m 'not slow'
+	$(BIN)/pytest tests/integration tests/faults tests/e2e -m 'not slow' --fault-sample=$(FAULTS)
 
 test-all: check  ## Run everything, the long tests included.
 	$(BIN)/pytest tests/unit tests/contract $(PARALLEL)

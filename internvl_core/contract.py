@@ -127,11 +127,11 @@ class StageResult(_AtomicFile):
     counters: dict[str, int]
     """trainable_parameters, total_parameters, samples, tokens ..."""
     seconds: dict[str, float]
-    """setup, train, evaluate; first_step is a part of train."""
+    """setup, train, evaluate; first_step and checkpoint_stall are parts of train."""
 
     @property
     def total_s(self) -> float:
-        return sum(spent for name, spent in self.seconds.items() if name != "first_step")
+        return sum(spent for name, spent in self.seconds.items() if name not in ("first_step", "checkpoint_stall"))
 
     @classmethod
     def _file_name(cls) -> str:

@@ -1,6 +1,8 @@
 """Fixtures that more than one kind of test needs."""
 
 import os
+import random
+import secrets
 import shutil
 import signal
 import tempfile
@@ -19,6 +21,26 @@ from tasks.launch import RunningStage, launch_command
 # Before any test imports Prefect, which makes its home then: neither the user's nor that of the last run.
 PREFECT_HOME = tempfile.mkdtemp(prefix="internvl-tests-")
 os.environ["PREFECT_HOME"] = PREFECT_HOME
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-sample", type=int, metavar="N", help="run only so many of the tests of faults, drawn")
+    parser.addoption("--fault-seed", type=int, default=secrets.randbelow(10_000), help="of that draw")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    size, seed = config.getoption("--fault-sample"), config.getoption("--fault-seed")
+    return None if size is None else f"faults: {size} drawn; again the same: --fault-sample={size} --fault-seed={seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    size = config.getoption("--fault-sample")
+    faults = [item for item in items if item.get_closest_marker("fault")]
+    if size is None or len(faults) <= size:
+        return
+    drawn = set(random.Random(config.getoption("--fault-seed")).sample(faults, size))
+    config.hook.pytest_deselected(items=[item for item in faults if item not in drawn])
+    items[:] = [item for item in items if item in drawn or not item.get_closest_marker("fault")]
 
 
 def pytest_unconfigure() -> None:

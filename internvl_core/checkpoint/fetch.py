@@ -4,6 +4,7 @@ What is handed out has just been compared with the manifest, byte for byte; a co
 is compared again each time, for it may have rotted or been edited since.
 """
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -55,6 +56,37 @@ def fetch(checkpoint: CheckpointRef, cache_dir: Path) -> Path:
         _move_into_place(temporary, target, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def adopt(directory: Path, checkpoint: CheckpointRef, cache_dir: Path) -> Path | None:
+    """Make the local directory that a checkpoint was published from its cached copy, so that it is never downloaded.
+
+    Where the store is a local directory nothing is cached, and the directory is removed.
+
+    Args:
+        directory: unchanged since it was published.
+
+    Returns:
+        The cached copy; None where there is none.
+
+    Raises:
+        OSError: it can neither be moved nor removed.
+    """
+    backend, _ = open_checkpoint(checkpoint.uri)
+    target = cache_dir / checkpoint.digest[:16]
+    if isinstance(backend, LocalBackend) or target.exists():
+        shutil.rmtree(directory)
+        return None
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # A cache on another disk is filled by whoever needs it.
+        shutil.rmtree(directory)
+        return None
     return target
 
 

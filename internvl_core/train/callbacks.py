@@ -3,9 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
+from internvl_core.train.ranks import wait_together
 from internvl_core.train.sampler import StepSampler
 from internvl_core.train.spike import find_spike
 from internvl_core.train.supervisor_link import SupervisorLink
@@ -24,6 +23,19 @@ logger = logging.getLogger(__name__)
 
 EMA_DECAY = 0.98
 """Of `loss_ema`, for each step: a line that stands for n steps counts as n of its mean."""
+
+
+class CheckpointQueue(Protocol):
+    """Where rank 0 puts what is saved."""
+
+    def check(self) -> None:
+        """Raise what keeps checkpoints from ever being committed."""
+
+    def has_room(self, step: int) -> bool:
+        """Wait a few seconds for room for one more; raise if there will be none."""
+
+    def submit(self, step: int) -> None:
+        """Take the checkpoint of a step that every rank has written."""
 
 
 class MetricsCallback(TrainerCallback):
@@ -200,18 +212,52 @@ class ConsensusCallback(TrainerCallback):
 
 
 class CommitCallback(TrainerCallback):
-    """Commit each checkpoint that Trainer saved, once every rank has written its part."""
+    """Hand each checkpoint that Trainer saved over to be committed, once every rank has written its part.
 
-    def __init__(self, publish: Callable[[Path, int], None]) -> None:
-        self._publish = publish
+    Training waits only where one more save would be too many for the store or for the disk. Place it behind
+    whatever asks for a save.
+    """
+
+    def __init__(self, commits: CheckpointQueue | None, meter: StepMeter, link: SupervisorLink) -> None:
+        """Commit what is saved.
+
+        Args:
+            commits: on rank 0; None on the others.
+            meter: told how long training stood still for a save.
+            link: told that training waits.
+        """
+        self._commits = commits
+        self._meter = meter
+        self._link = link
+        self._stopped = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._await_room(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._await_room(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if dist.is_initialized():
             dist.barrier()
-        if state.is_world_process_zero:
-            self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
-        if dist.is_initialized():
-            dist.barrier()
+        if self._commits is not None:
+            self._commits.submit(state.global_step)
+        self._meter.record_stall(time.monotonic() - self._stopped)
+
+    def _await_room(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if self._commits is not None:
+            self._commits.check()
+        if not control.should_save:
+            return
+        self._stopped = time.monotonic()
+        commits, step = self._commits, state.global_step
+        wait_together(
+            None if commits is None else lambda: commits.has_room(step),
+            args.device,
+            tell=lambda: self._link.tell(Phase.SAVE, step),
+        )
 
 
 class StopAfterSaveCallback(TrainerCallback):

@@ -7,7 +7,7 @@ that was started otherwise does not go on from them.
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from internvl_core.argument_rules import PATHS, fingerprint_arguments
 from internvl_core.argument_values import LATEST
 from internvl_core.checkpoint.commits import COMMITS_FOLDER, is_save_uri
 from internvl_core.checkpoint.local_checkpoints import LocalCheckpoint, LocalCheckpoints, read_local
-from internvl_core.checkpoint.manifest import CheckpointKind, Manifest
+from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.resume_point import INPUTS_KEY, check_inputs_equal, find_resume_point
 from internvl_core.checkpoint.store import is_checkpoint_uri
 from internvl_core.checkpoint.training_files import LAYOUT_KEY, TrainingLayout, check_training_files
@@ -83,7 +83,7 @@ class LocalCommits:
         """Where Trainer writes what is then committed."""
         return self._checkpoints.saves_dir
 
-    def find_newest(self) -> Committed | None:
+    def acquire(self) -> Committed | None:
         """Find what this run goes on from, and keep other runs out of its output_dir from now on.
 
         Raises:
@@ -103,7 +103,18 @@ class LocalCommits:
             return None
         return self._find_own()
 
-    def publish(
+    def check(self) -> None:
+        """Do nothing: what goes wrong is raised where it does."""
+
+    def wait_for_room(self, has_room_on_disk: Callable[[], bool], timeout_s: float) -> bool:
+        """Let a save go ahead at once: none is under way, and room on the disk is looked for behind this."""
+        return True
+
+    def describe_backlog(self) -> str:
+        """Say that nothing waits."""
+        return "Nothing waits to be committed."
+
+    def submit(
         self, directory: Path, step: int, kind: CheckpointKind, counters: Mapping[str, int] | None = None
     ) -> CheckpointRef:
         """Commit a save, with the loss curve up to here beside the weights, and remove what it supersedes."""
@@ -134,7 +145,7 @@ class LocalCommits:
             except CheckpointCorrupt as error:
                 logger.warning("Passed over a checkpoint: %s", error)
                 continue
-            return _describe(ref, checkpoint.manifest, checkpoint.path)
+            return Committed.describe(ref, checkpoint.manifest, checkpoint.path)
         if self._checkpoints.has_any():
             raise CheckpointCorrupt(
                 f"{self._checkpoints.output_dir}: there are checkpoints, but none verifies; the log says why. Give "
@@ -161,13 +172,8 @@ class LocalCommits:
         else:
             raise ArgumentError(f"resume_from_checkpoint: {path}: no such folder. Correct the path.")
         check_inputs_equal(ref, manifest, self._inputs, advice=advice)
-        return _describe(ref, manifest, path)
+        return Committed.describe(ref, manifest, path)
 
     def _check_files(self, checkpoint: LocalCheckpoint) -> None:
         written = TrainingLayout.from_info(checkpoint.manifest.info) or self._layout
         check_training_files(checkpoint.path, written, step=checkpoint.manifest.step)
-
-
-def _describe(ref: CheckpointRef, manifest: Manifest, path: Path) -> Committed:
-    info = manifest.info
-    return Committed(ref, manifest.kind, manifest.step, info["counters"], info["world_size"], path)

@@ -32,6 +32,8 @@ class StepMeter:
         self._share = share
         self._limits = limits
         self._new = np.zeros(4, np.int64)
+        self.total_stall_s = 0.0
+        """Since the meter exists."""
         self.restart()
 
     def record_batch(self, *, tokens: int, tiles: int, places: int) -> None:
@@ -48,6 +50,11 @@ class StepMeter:
                 return
             self._new[3] += round((time.monotonic() - started) * _MICROSECONDS)
             yield batch
+
+    def record_stall(self, seconds: float) -> None:
+        """Enter how long this rank stood still for a save."""
+        self._stall_s += seconds
+        self.total_stall_s += seconds
 
     def take(self) -> list[int]:
         """Take what this rank entered since the last time, to be summed over the ranks."""
@@ -75,6 +82,7 @@ class StepMeter:
         values = {
             "tokens_per_s": tokens / elapsed_s,
             "tiles_per_s": tiles / elapsed_s,
+            "checkpoint_stall_pct": 100 * self._stall_s / elapsed_s,
             "data_wait_pct": 100 * wait_us / _MICROSECONDS / self._share.world_size / elapsed_s,
         }
         if self._limits is not None and self._num_packs:
@@ -92,5 +100,5 @@ class StepMeter:
     def restart(self) -> None:
         """Forget the steps that were added."""
         self._sums = np.zeros(4, np.int64)
-        self._mean_cost = self._max_cost = 0.0
+        self._mean_cost = self._max_cost = self._stall_s = 0.0
         self._num_packs = self._num_samples = 0

@@ -2,13 +2,10 @@
 
 import logging
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,6 +14,7 @@ from internvl_core.checkpoint.base_model import BaseModel, write_base
 from internvl_core.checkpoint.folder import find_committed
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
+from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.encoding import Encoding
@@ -35,20 +33,17 @@ from internvl_core.model.trainable import count_parameters, count_trainable, ena
 from internvl_core.packing_rules import is_packed
 from internvl_core.progress import Phase
 from internvl_core.train.callbacks import (
-    CommitCallback,
     ConsensusCallback,
     MetricsCallback,
     ProgressCallback,
     StopAfterSaveCallback,
 )
-from internvl_core.train.commit import Committed, StageCommits
+from internvl_core.train.checkpoints import StageCheckpoints
+from internvl_core.train.commit import Committed
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
-from internvl_core.train.local_commits import LocalCommits
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
-from internvl_core.train.resume import build_layout
-from internvl_core.train.sampler import StepSampler
 from internvl_core.train.supervisor_link import SupervisorLink
 from internvl_core.train.trainer import InternVLTrainer
 from internvl_core.train.training_data import (
@@ -92,19 +87,16 @@ class StageRun:
         directory = Path(arguments.extension.attempt_dir or self._output_dir)
         self._directory = directory
         self._metrics = MetricsFile(directory / METRICS_FILE)
-        kept: Any = {"layout": build_layout(training), "metrics": self._metrics, "cache_dir": self._cache_dir}
-        self._saves_dir = self._output_dir
-        self._commits: StageCommits | LocalCommits
-        if stage is not None:
-            self._commits = StageCommits(stage, **kept)
-        else:
-            self._commits = LocalCommits(values, entry=entry, output_dir=self._output_dir, **kept)
-            self._saves_dir = self._commits.saves_dir
-            # Trainer would count what does not verify, and go by the time of change.
-            training.save_total_limit = None
+        self._checkpoints = StageCheckpoints(stage, values, arguments, self._metrics, link, entry=entry)
 
     def run(self) -> None:
         """Train from where the stage stands, evaluate, and hand the result over."""
+        try:
+            self._run()
+        finally:
+            self._checkpoints.close()
+
+    def _run(self) -> None:
         newest = self._find_newest()
         self._leave_early()
         if newest is not None and newest.kind is CheckpointKind.FINAL:
@@ -113,7 +105,7 @@ class StageRun:
             trained: Any = self._place(loaded.model)
             self._continue_curve(newest)
             step, counters = newest.step, newest.counters
-            final: CheckpointRef | None = newest.checkpoint
+            final: UnsentSave | CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
             encoding = self._encoding(loaded)
@@ -125,10 +117,12 @@ class StageRun:
             trained = trainer.model
         scores = self._evaluate(trained, loaded)
         self._link.tell(Phase.FINISH)
-        if not isinstance(self._commits, StageCommits) or final is None or not self._is_rank_zero:
+        if self._stage is None or final is None or not self._is_rank_zero:
             return
-        result = StageResult(step, final, {**self._summarize_curve(), **scores}, counters, self._seconds)
-        self._commits.hand_over(result)
+        metrics = {**self._summarize_curve(), **scores}
+        result = self._checkpoints.hand_over(
+            final, lambda checkpoint: StageResult(step, checkpoint, metrics, counters, self._seconds)
+        )
         result.write(self._directory)
 
     @property
@@ -147,19 +141,10 @@ class StageRun:
         return choose_packed_attention(self._arguments.extension.packed_attention, training.device, dtype)
 
     def _find_newest(self) -> Committed | None:
-        """Let rank 0 choose for all: a commit between two looks would send ranks to different steps."""
-        chosen = [self._commits.find_newest() if self._is_rank_zero else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen)
-        newest = chosen[0]
-        if newest is None:
-            return None
-        self._check_ranks(newest)
-        with self._arguments.training.main_process_first(desc="fetching the checkpoint to resume from"):
-            # A run by hand has its checkpoints on a disk that all ranks share; they have no URI.
-            is_here = self._is_rank_zero or (self._stage is None and newest.path.is_dir())
-            path = newest.path if is_here else fetch(newest.checkpoint, self._cache_dir)
-        return replace(newest, path=path)
+        newest = self._checkpoints.acquire()
+        if newest is not None:
+            self._check_ranks(newest)
+        return newest
 
     def _check_ranks(self, newest: Committed) -> None:
         training = self._arguments.training
@@ -257,7 +242,6 @@ class StageRun:
             consensus,
             finite,
             curve,
-            CommitCallback(partial(self._publish_training, ledger, sampler)),
             StopAfterSaveCallback(self._link, consensus),
         ]
         if self._is_packed:
@@ -270,7 +254,7 @@ class StageRun:
             finite=finite,
             normalize_type=arguments.data.normalize_type,
             decay_all=arguments.extension.decay_all,
-            saves_dir=self._saves_dir,
+            saves_dir=self._checkpoints.saves_dir,
             model=model,
             args=arguments.training,
             train_dataset=dataset,
@@ -278,6 +262,7 @@ class StageRun:
             processing_class=loaded.tokenizer,
             callbacks=callbacks,
         )
+        self._checkpoints.follow(trainer, ledger, sampler, meter, note_base=self._note_base)
         self._leave_early()
         if newest is not None:
             logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
@@ -290,16 +275,11 @@ class StageRun:
         trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
         self._seconds["train"] = time.monotonic() - started
         self._seconds["first_step"] = curve.first_step_s or 0.0
+        self._seconds["checkpoint_stall"] = meter.total_stall_s
         if consensus.is_stopping:
+            self._checkpoints.await_commits()
             raise Preempted(f"Stopped on request at step {trainer.state.global_step}; a checkpoint is committed.")
         return trainer
-
-    def _publish_training(self, ledger: SampleLedger, sampler: StepSampler, directory: Path, step: int) -> None:
-        directory = self._saves_dir / directory.name
-        ledger.save(directory)
-        sampler.save(directory, step)
-        self._note_base(directory)
-        self._commits.publish(directory, step, CheckpointKind.TRAINING)
 
     def _note_base(self, directory: Path) -> None:
         if self._base is not None and is_adapter(directory):
@@ -309,18 +289,17 @@ class StageRun:
         if self._is_rank_zero:
             self._metrics.continue_from(newest.path / METRICS_FILE, step=newest.step)
 
-    def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> CheckpointRef | None:
+    def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> UnsentSave | None:
         self._link.tell(Phase.FINISH, trainer.state.global_step)
         final_dir = self._output_dir / "final" if self._stage else self._output_dir
+        self._checkpoints.await_room(trainer.state.global_step)
         if self._arguments.model.model_name_or_path is None or self._arguments.model.mlp_path is not None:
             # An adapter is of use only with its base, and components, or a projector put into a model, are none.
             trainer.save_merged(str(final_dir))
         else:
             trainer.save_model(str(final_dir))
         self._note_base(final_dir)
-        if not isinstance(self._commits, StageCommits) or not self._is_rank_zero:
-            return None
-        return self._commits.publish(final_dir, trainer.state.global_step, CheckpointKind.FINAL, counters=counters)
+        return self._checkpoints.submit_final(final_dir, trainer.state.global_step, counters)
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
@@ -333,6 +312,7 @@ class StageRun:
     def _note_answers(self) -> None:
         self._link.tell(Phase.EVALUATE)
         if self._link.is_set:
+            self._checkpoints.await_commits_apart()
             raise Preempted(
                 "Stopped on request during the evaluation: the trained weights are committed, only the evaluation is "
                 "left."
@@ -361,8 +341,8 @@ def _settle(arguments: Arguments) -> None:
     training = arguments.training
     training.remove_unused_columns = False
     training.label_names = ["labels"]
-    if training.save_total_limit is not None and arguments.extension.attempt_dir is not None:
-        logger.warning("save_total_limit: only local copies are pruned; what is committed stays in the store.")
+    # Trainer would remove checkpoints by number and time, sent or not, whole or not; what stays is ours to say.
+    training.save_total_limit = None
     if training.disable_tqdm is None:
         # The log is a file, and metrics.jsonl is what progress is shown from.
         training.disable_tqdm = True

@@ -89,14 +89,14 @@ class InternVLTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; as a result, not to resume from, whole where PEFT cannot say what learnt beside adapters."""
-        if not _internal_call and not self._is_whole and find_saved_modules(self.model) is None:
+        if not _internal_call and not self.is_whole and find_saved_modules(self.model) is None:
             self.save_merged(output_dir or self.args.output_dir)
         else:
             super().save_model(output_dir, _internal_call)
 
     def save_merged(self, output_dir: str) -> None:
         """Save the model whole, an adapter folded into it if there is one; the model itself stays as it is."""
-        if self._is_whole:
+        if self.is_whole:
             self.save_model(output_dir)
             return
         # On all ranks: under ZeRO-3 each has a part. What save_model gathers there is without the frozen parts.
@@ -167,7 +167,7 @@ class InternVLTrainer(Trainer):
         layout, and goes on with the weights it has where none of the names match.
         """
         folder = Path(resume_from_checkpoint)
-        if self._is_whole:
+        if self.is_whole:
             fill(self.model, open_whole(folder, folder).weights, source=resume_from_checkpoint)
         else:
             load_adapter_into(self.model, folder)
@@ -181,7 +181,7 @@ class InternVLTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        if self._is_whole:
+        if self.is_whole:
             save_model(self.model, self.processing_class, folder, state_dict=state_dict)
         else:
             save_adapter(self.model, folder, state_dict)
@@ -190,7 +190,7 @@ class InternVLTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     @property
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether there are no adapters."""
         return isinstance(self.model, PreTrainedModel)
 

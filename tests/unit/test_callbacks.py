@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from internvl_core.data.quarantine import BadSample
-from internvl_core.errors import DataError, Reason
+from internvl_core.errors import DataError, Reason, StoreUnavailable
 from internvl_core.progress import Phase
 from internvl_core.train.callbacks import (
     EMA_DECAY,
@@ -294,13 +294,70 @@ def test_the_supervisor_is_told_of_batches_and_steps_and_of_a_save_before_it_beg
     ]
 
 
-def test_only_rank_0_commits_what_was_saved() -> None:
-    committed: list[tuple[Path, int]] = []
-    callback = CommitCallback(lambda directory, step: committed.append((directory, step)))
-    callback.on_save(arguments(), state(4, is_main=False), TrainerControl())
-    assert committed == []
-    callback.on_save(arguments(), state(4), TrainerControl())
-    assert committed == [(Path("out/checkpoint-4"), 4)]
+class Queue:
+    """Takes checkpoints once it was asked for room often enough."""
+
+    def __init__(self, *, asked_in_vain: int = 0, error: Exception | None = None) -> None:
+        self.submitted: list[int] = []
+        self.asked = 0
+        self._asked_in_vain = asked_in_vain
+        self._error = error
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def has_room(self, step: int) -> bool:
+        self.asked += 1
+        return self.asked > self._asked_in_vain
+
+    def submit(self, step: int) -> None:
+        self.submitted.append(step)
+
+
+def save(callback: CommitCallback, step: int) -> None:
+    callback.on_step_end(arguments(), state(step), TrainerControl(should_save=True))
+    callback.on_save(arguments(), state(step), TrainerControl())
+
+
+def test_what_was_saved_is_handed_over_to_be_committed(meter: StepMeter) -> None:
+    queue = Queue()
+    save(CommitCallback(queue, meter, Link()), 4)
+    assert queue.submitted == [4]
+
+
+def test_a_save_waits_for_room_before_anything_is_written(meter: StepMeter) -> None:
+    queue = Queue(asked_in_vain=2)
+    callback = CommitCallback(queue, meter, Link())
+    callback.on_step_end(arguments(), state(4), TrainerControl(should_save=True))
+    assert (queue.asked, queue.submitted) == (3, [])
+
+
+def test_a_step_that_is_not_saved_asks_for_no_room(meter: StepMeter) -> None:
+    queue = Queue()
+    CommitCallback(queue, meter, Link()).on_step_end(arguments(), state(4), TrainerControl())
+    assert queue.asked == 0
+
+
+def test_a_store_that_is_given_up_ends_training_at_the_next_step(meter: StepMeter) -> None:
+    callback = CommitCallback(Queue(error=StoreUnavailable("no answer")), meter, Link())
+    with pytest.raises(StoreUnavailable, match="no answer"):
+        callback.on_step_end(arguments(), state(4), TrainerControl())
+
+
+def test_the_time_that_a_save_stops_training_is_measured(meter: StepMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(100.0, 3.0)
+    monkeypatch.setattr("internvl_core.train.callbacks.time.monotonic", lambda: next(clock))
+    save(CommitCallback(Queue(), meter, Link()), 4)
+    assert meter.total_stall_s == 3
+    assert meter.read(12)["checkpoint_stall_pct"] == 25
+    assert meter.read(12)["checkpoint_stall_pct"] == 0
+
+
+def test_ranks_without_a_queue_save_too(meter: StepMeter) -> None:
+    # Alone there is no rank 0 to wait for, so only the hand-over is tried here.
+    CommitCallback(None, meter, Link()).on_save(arguments(), state(4, is_main=False), TrainerControl())
+    assert meter.total_stall_s > 0
 
 
 def test_the_mean_of_the_loss_goes_on_over_a_resume(
