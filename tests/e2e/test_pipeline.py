@@ -189,6 +189,12 @@ def test_a_second_run_skips_every_stage_and_shows_the_same_results(finished: Run
     assert not any((finished.workspace / "attempts").glob("*/2")), "an attempt was started"
 
 
+@pytest.mark.fault(
+    68,
+    "a byte of a parent checkpoint flips at rest",
+    how="one byte of the weights",
+    then="exit 80 with the name of the file, before the next stage loads any of it",
+)
 def test_a_flipped_byte_in_a_checkpoint_stops_the_next_stage(finished: Run, tmp_path: Path) -> None:
     workspace = tmp_path / "copy"
     shutil.copytree(finished.workspace, workspace)
@@ -211,6 +217,12 @@ def start_smoke(workspace: Path, *options: str) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.fault(
+    58,
+    "the flow is killed while a stage trains",
+    how="SIGKILL of the flow",
+    then="ranks save, commit and leave; the next run resumes",
+)
 def test_killing_the_flow_leaves_no_trainer_and_the_next_run_resumes(finished: Run, tmp_path: Path) -> None:
     long = ("--set", "stages.stage1.arguments.max_steps=2000", "--set", "stages.stage1.arguments.seed=7")
     shutil.copytree(finished.workspace / "data", tmp_path / "data")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[1] / "docs" / "reliability.md"
+TESTS = FOLDER.parent
+PAGE = TESTS.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
 NUM_IN_MATRIX = 72
 
@@ -26,12 +27,12 @@ class FaultTest:
 def list_fault_tests() -> list[FaultTest]:
     """List all of them, by number; a test with several markers is several rows."""
     found = []
-    for path in sorted(FOLDER.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 for decorator in node.decorator_list:
                     if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
-                        found.append(_read_marker(decorator, f"{path.stem.removeprefix('test_')}: {node.name}"))
+                        found.append(_read_marker(decorator, f"{path.parent.name}/{path.stem}.py::{node.name}"))
     return sorted(found, key=lambda test: (test.number, test.name))
 
 

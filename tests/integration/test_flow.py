@@ -247,6 +247,12 @@ def test_the_same_again_is_skipped_and_fresh_is_not(
     assert len(list(attempts.glob("stage1-*/[0-9]*"))) == 2
 
 
+@pytest.mark.fault(
+    2,
+    "records are bad before training begins",
+    how="broken records in a data set",
+    then="one line that says where, exit 65, no rank was started",
+)
 def test_bad_data_ends_the_run_before_anything_is_trained_with_one_line_that_says_where(
     server: Server, inputs: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +280,12 @@ def test_bad_data_ends_the_run_before_anything_is_trained_with_one_line_that_say
     assert not any("Traceback" in line for line in server.read_logs(flow_run["id"]))
 
 
+@pytest.mark.fault(
+    50,
+    "the store is down at the start",
+    how="nobody listens at its address",
+    then="exit 69 before anything is trained",
+)
 def test_a_store_that_does_not_answer_ends_the_run_before_anything_is_trained(
     server: Server, inputs: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +314,12 @@ def find_ranks(directory: Path) -> list[int]:
     return found
 
 
+@pytest.mark.fault(
+    11,
+    "a rank is killed under a flow",
+    how="SIGKILL",
+    then="WorkerLost, a second attempt, Completed",
+)
 def test_a_stage_whose_rank_is_killed_is_tried_again_and_completes(
     server: Server, inputs: Path, tmp_path: Path
 ) -> None:

@@ -252,6 +252,12 @@ def kill_at(directory: Path, arguments: dict[str, Any], step: int, victim: int) 
     assert killed.failure.error == "WorkerLost", killed.log[-4000:]
 
 
+@pytest.mark.fault(
+    11,
+    "ranks or loader workers are killed at drawn steps",
+    how="SIGKILL",
+    then="resumed to the losses and weights of an undisturbed run, bit for bit",
+)
 @pytest.mark.parametrize(
     "num_kills", [pytest.param(2, id="twice"), pytest.param(10, id="ten-times", marks=pytest.mark.slow)]
 )
@@ -301,6 +307,12 @@ def read_positions(*attempts: Attempt) -> dict[int, Any]:
     return positions
 
 
+@pytest.mark.fault(
+    66,
+    "the number of ranks changes from 2 to 1 and back",
+    how="resumed so",
+    then="the same packs in the same order",
+)
 def test_the_packs_of_each_step_are_the_same_on_two_ranks_on_one_and_on_two_again(
     everything: dict[str, Any], tmp_path: Path
 ) -> None:

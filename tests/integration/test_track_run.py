@@ -272,6 +272,12 @@ def is_listening(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.fault(
+    54,
+    "MLflow is restarted",
+    how="its server is killed and started again",
+    then="the same run goes on, no point is missing, none is there twice",
+)
 def test_a_server_that_is_killed_and_restarted_gets_the_same_run_without_gap_or_double(
     database: str, refusing_server: str, metrics_path: Path, tmp_path: Path
 ) -> None:
@@ -291,6 +297,12 @@ def test_a_server_that_is_killed_and_restarted_gets_the_same_run_without_gap_or_
     assert [run.info.run_id for run in Recorded(database).parents] == [tracker.run_id]
 
 
+@pytest.mark.fault(
+    52,
+    "MLflow refuses, or never answers, all run long",
+    how="a closed port; a server that accepts and is silent",
+    then="no call takes 0.1 s, the run ends well, internvl replay delivers the series later",
+)
 @pytest.mark.parametrize("server", ["refusing_server", "hanging_server"])
 def test_an_mlflow_that_is_not_there_neither_delays_nor_fails_the_run_and_a_replay_records_all(
     server: str,
@@ -349,6 +361,12 @@ def test_a_replay_of_a_directory_without_a_spool_is_refused(tmp_path: Path, data
         replay(tmp_path, database)
 
 
+@pytest.mark.fault(
+    51,
+    "the disk of the spool is full",
+    how="a folder that takes no files",
+    then="a warning, and the run goes on",
+)
 def test_a_spool_that_cannot_be_written_costs_a_warning_and_not_the_run(
     database: str, metrics_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -373,6 +391,12 @@ for step in range(1, 100000):
 """
 
 
+@pytest.mark.fault(
+    54,
+    "the flow dies while it delivers metrics",
+    how="SIGKILL",
+    then="the next run goes on from the spool, nothing lost, nothing twice",
+)
 def test_a_killed_process_loses_and_doubles_no_point(database: str, metrics_path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", KILLED_RUN, database, str(tmp_path)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
