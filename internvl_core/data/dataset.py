@@ -6,6 +6,7 @@ Shapes: `T` tokens, `K` tiles, `S` side of a tile in px.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -22,9 +23,12 @@ from internvl_core.data.mixture import Draw, Mixture
 from internvl_core.data.pixels import PixelRules, PixelSource
 from internvl_core.data.quarantine import BadSample
 from internvl_core.data.records import Record, parse_record
-from internvl_core.errors import DataError, Reason
+from internvl_core.errors import DataError, OutOfMemory, Reason
+from internvl_core.exhaustion import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+_NO_MEMORY = re.compile(r"no memory left for the sample (.+:\d+)\. ")
 
 
 class Prompt(TypedDict):
@@ -64,6 +68,7 @@ class SupervisedDataset(Dataset["Sample | BadSample"]):
         Raises:
             IndexError: the id is negative.
             AnnotationChanged: the file was edited since it was indexed.
+            OutOfMemory: names the sample.
         """
         draw = self.mixture.locate(id)
         index = self.mixture.sources[draw.dataset].index
@@ -74,6 +79,15 @@ class SupervisedDataset(Dataset["Sample | BadSample"]):
             raise
         except DataError as error:
             return BadSample(index.meta.name, draw.row + 1, error.reason, f"{where}: {error}")
+        except (MemoryError, OutOfMemory, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sample_id = f"{index.meta.name}:{draw.row + 1}"
+            raise OutOfMemory(
+                f"{where}: no memory left for the sample {sample_id}. Lower dataloader_num_workers, max_dynamic_patch "
+                "or max_num_frame, or give the run more memory.",
+                sample_ids=[sample_id],
+            ) from error
 
     @property
     def dataset_names(self) -> list[str]:
@@ -104,6 +118,11 @@ class SupervisedDataset(Dataset["Sample | BadSample"]):
             "tiles": media.tiles,
             "sample_id": record.sample_id,
         }
+
+
+def find_sample_ids(message: str) -> list[str]:
+    """Find the sample in the message of a loader's worker; of an exception nothing but its text leaves a process."""
+    return _NO_MEMORY.findall(message)
 
 
 def build_dataset(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 from internvl_core.data.media_root import MAX_FILE_BYTES, asking
-from internvl_core.errors import MediaError, Reason, StoreUnavailable
+from internvl_core.errors import MediaError, OutOfMemory, Reason
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -129,4 +129,4 @@ def _reading(name: str) -> Iterator[None]:
         with asking(name, refusals=()):
             yield
     except MemoryError:
-        raise StoreUnavailable(f"Reading {name} failed: no memory left. Lower dataloader_num_workers.") from None
+        raise OutOfMemory(f"Reading {name} failed: no memory left. Lower dataloader_num_workers.") from None

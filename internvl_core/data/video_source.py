@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from internvl_core.errors import InternVLError, MediaError, Reason, StoreUnavailable
+from internvl_core.errors import InternVLError, MediaError, OutOfMemory, Reason, StoreUnavailable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -233,7 +233,9 @@ class _GuardedFile:
                 )
         except InternVLError as error:
             self._error = error
-        except (MemoryError, OSError) as error:
+        except MemoryError:
+            self._error = OutOfMemory(f"Reading {self._name}: no memory left. Lower dataloader_num_workers.")
+        except OSError as error:
             self._error = StoreUnavailable(f"Reading {self._name}: {type(error).__name__}: {error}.")
         else:
             return body

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.local_saves import LocalSaves
 from internvl_core.train.room import DiskRoom
 from internvl_core.train.sampler import StepSampler
 
@@ -90,8 +91,9 @@ class CommitQueue:
     def submit(self, step: int) -> None:
         """Take the checkpoint of a step that every rank has written."""
         directory = self._saves_dir / f"checkpoint-{step}"
-        self._ledger.save(directory)
-        self._sampler.save(directory, step)
-        self._note_base(directory)
+        with LocalSaves().writing(directory, is_begun=True):
+            self._ledger.save(directory)
+            self._sampler.save(directory, step)
+            self._note_base(directory)
         self._room.measure(directory)
         self._commits.submit(directory, step, CheckpointKind.TRAINING)

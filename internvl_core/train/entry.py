@@ -13,13 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from internvl_core.argument_rules import check_arguments
 from internvl_core.arguments import parse_arguments
 from internvl_core.contract import StageFailure, StageFile
-from internvl_core.errors import InternVLError, OutOfMemory, WorkerLost
+from internvl_core.data.dataset import find_sample_ids
+from internvl_core.errors import DiskFull, InternVLError, StageError, WorkerLost
+from internvl_core.exhaustion import is_disk_full, is_out_of_memory
+from internvl_core.train.memory_report import explain_elsewhere
 from internvl_core.train.run import StageRun
 from internvl_core.train.supervisor_link import SupervisorLink
 
@@ -56,17 +58,20 @@ def _find_attempt_dir(items: Sequence[str]) -> Path | None:
 
 
 def classify(error: BaseException) -> BaseException:
-    """Give an error its class of the error tree where torch has none for it."""
-    # torch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return OutOfMemory(f"{error}. Lower per_device_train_batch_size, max_packed_tokens or max_dynamic_patch.")
-    # So does the data loader that lost a worker.
+    """Give an error its class of the error tree where libraries have none for it."""
+    if isinstance(error, InternVLError):
+        return _unwrap_worker_error(error)
+    if is_out_of_memory(error):
+        return explain_elsewhere(error)
+    if is_disk_full(error):
+        return DiskFull(f"{str(error).splitlines()[0].rstrip('. ')}. Make room on that disk and run again.")
+    # A plain RuntimeError is what the data loader raises that lost a worker.
     if isinstance(error, RuntimeError) and _KILLED_WORKER.search(str(error)):
         return WorkerLost(
             f"A worker of the data loader was lost: {str(error).splitlines()[0].rstrip('. ')}. The kernel kills them "
             "where memory is short: if it comes again, lower dataloader_num_workers."
         )
-    return _unwrap_worker_error(error) if isinstance(error, InternVLError) else error
+    return error
 
 
 def _report_failure(error: BaseException, attempt_dir: Path | None, link: SupervisorLink) -> None:
@@ -106,6 +111,9 @@ def _unwrap_worker_error(error: InternVLError) -> InternVLError:
     if not head.startswith(f"Caught {kind.__name__} in DataLoader worker process") or not message:
         return error
     unwrapped = kind("; ".join(line.strip() for line in message.splitlines() if line.strip()))
+    if isinstance(unwrapped, StageError):
+        # An exception leaves its worker as text alone.
+        unwrapped.sample_ids = find_sample_ids(str(unwrapped))
     # So that failure.json keeps where in the worker it was.
     unwrapped.__cause__ = error
     return unwrapped

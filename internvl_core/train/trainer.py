@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
+from internvl_core.data.collate import PackCollator
 from internvl_core.data.dataset import SupervisedDataset
 from internvl_core.data.tiles import normalise
 from internvl_core.model.adapters import find_saved_modules, fold_adapters, load_adapter_into, save_adapter
@@ -22,8 +23,11 @@ from internvl_core.model.skeleton import fill
 from internvl_core.model.sources import open_whole
 from internvl_core.stop_signals import STOP_SIGNALS
 from internvl_core.train.finite import FiniteSteps
+from internvl_core.train.finite_weights import check_optimizer, check_tensors, check_weights
 from internvl_core.train.gradient_check import GradientCheck
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.local_saves import LocalSaves
+from internvl_core.train.memory_report import explaining_memory
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.optimizer import LearningRates, build_parameter_groups
 from internvl_core.train.sampler import StepSampler
@@ -62,6 +66,7 @@ class InternVLTrainer(Trainer):
         self._update = update
         self.finite = finite
         self._loss_before: Tensor | None = None
+        self.saves = LocalSaves()
         self._normalize_type = normalize_type
         self._decay_all = decay_all
         self._saves_dir = saves_dir
@@ -70,6 +75,12 @@ class InternVLTrainer(Trainer):
         self.add_callback(GradientCheck(self.model))
         # `compute_loss` divides by what the whole update has.
         self.loss_is_scaled_for_ga = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        is_packed = isinstance(self.data_collator, PackCollator)
+        packs = self.args.per_device_train_batch_size if is_packed else None
+        with explaining_memory(self._update, packs_per_forward=packs):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load this rank's batches; the sampler shares them out and knows where to begin, so accelerate does not."""
@@ -92,18 +103,32 @@ class InternVLTrainer(Trainer):
         if not _internal_call and not self.is_whole and find_saved_modules(self.model) is None:
             self.save_merged(output_dir or self.args.output_dir)
         else:
-            super().save_model(output_dir, _internal_call)
+            self._check_weights(is_whole=self.is_whole)
+            with self.saves.writing(Path(output_dir or self.args.output_dir)):
+                super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights(is_whole=self.is_whole)
+        check_optimizer(self.model, self.optimizer, step=self.state.global_step)
+        with self.saves.writing(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def save_merged(self, output_dir: str) -> None:
         """Save the model whole, an adapter folded into it if there is one; the model itself stays as it is."""
         if self.is_whole:
             self.save_model(output_dir)
             return
+        self._check_weights(is_whole=False)
         # On all ranks: under ZeRO-3 each has a part. What save_model gathers there is without the frozen parts.
         state_dict = self.accelerator.get_state_dict(self.deepspeed) if self.is_deepspeed_enabled else None
         if self.args.should_save:
             folded = fold_adapters(self.model, state_dict)
-            save_model(self.model.get_base_model(), self.processing_class, Path(output_dir), state_dict=folded)
+            check_tensors(folded.items(), step=self.state.global_step)
+            with self.saves.writing(Path(output_dir)):
+                save_model(self.model.get_base_model(), self.processing_class, Path(output_dir), state_dict=folded)
+
+    def _check_weights(self, *, is_whole: bool) -> None:
+        check_weights(self.model, is_whole=is_whole, step=self.state.global_step)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         return super().get_batch_samples(self._meter.time_waits(epoch_iterator), *args, **kwargs)

@@ -109,3 +109,53 @@ def test_too_many_steps_in_a_row_end_the_stage_also_over_a_resume(
     (commit,) = resumed.commits
     weights = load_weights(fetch(commit.checkpoint, tmp_path / "cache"))
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.integration
+@pytest.mark.fault(
+    24, "weights are NaN at a commit", how="put into a weight of one rank", then="78, and nothing of it is committed"
+)
+@pytest.mark.parametrize(
+    ("way", "rank"), [({}, 0), pytest.param({"deepspeed": "zero3"}, 1, marks=pytest.mark.slow)], ids=["ddp", "zero3"]
+)
+def test_weights_that_are_not_finite_are_never_committed(
+    way: dict[str, Any], rank: int, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    saving = {**arguments, **way, "save_strategy": "steps", "save_steps": 1}
+    attempt = run_faulty(tmp_path / "1", saving, {"weight": {"2": [math.nan, [rank]]}})
+    assert (attempt.exit_code, attempt.failure.error, attempt.failure.step) == (78, "NonFinite", 2)
+    assert re.match(r"step 2: \S+ is not finite \(1 of \d+ tensors of this rank", attempt.failure.message)
+    assert attempt.failure.rank == rank
+    (commit,) = attempt.commits
+    assert commit.step == 1
+    weights = load_weights(fetch(commit.checkpoint, tmp_path / "cache"))
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.integration
+@pytest.mark.fault(
+    25, "memory runs out in a step", how="bad_alloc on one rank", then="71 with the forward and what to lower"
+)
+def test_memory_that_runs_out_in_a_step_is_told_with_the_forward(arguments: dict[str, Any], tmp_path: Path) -> None:
+    packed = {**arguments, "use_packed_ds": True, "max_packed_tokens": 192, "num_images_expected": 8}
+    packed |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    attempt = run_faulty(tmp_path / "1", packed, {"memory": {"2": ["cpu", [1]]}})
+    failure = attempt.failure
+    assert (attempt.exit_code, failure.error, failure.step, failure.rank) == (71, "OutOfMemory", 2, 1)
+    assert re.search(
+        r"can't allocate memory.* 2 packs of \d+ samples: \d+ tokens .*, \d+ tiles\. Lower ", failure.message
+    )
+    assert "max_packed_tokens" in failure.message
+    assert failure.sample_ids
+    assert all(re.fullmatch(r"word:\d+", sample_id) for sample_id in failure.sample_ids)
+    assert [commit.step for commit in attempt.commits] == [1]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.fault(27, "a loss leaps", how="a step's loss times 100", then="a warning and loss_spike in the metrics")
+def test_a_loss_that_leaps_is_an_event(arguments: dict[str, Any], tmp_path: Path) -> None:
+    attempt = run_faulty(tmp_path / "1", {**arguments, "max_steps": 8}, {"loss": {"7": [100.0, [0, 1]]}})
+    assert attempt.exit_code == 0, attempt.log[-4000:]
+    assert [line["step"] for line in attempt.curve if line.get("loss_spike", 0) > 10] == [7]
+    assert "step 7: the loss leapt to" in attempt.log

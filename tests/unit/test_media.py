@@ -13,7 +13,7 @@ from PIL import Image
 
 from internvl_core.data.media import MAX_PIXELS, load_image, pad_to_square, read_image_size
 from internvl_core.data.tiling import Tiling
-from internvl_core.errors import ArgumentError, MediaError, Reason, StoreUnavailable
+from internvl_core.errors import ArgumentError, MediaError, OutOfMemory, Reason, StoreUnavailable
 
 TILING = Tiling(16, 1, 6, use_thumbnail=True, is_dynamic=True)
 # As in a motion photo; compressed, it may hold the marks of a JPEG by the thousand.
@@ -284,11 +284,12 @@ def test_a_disk_that_fails_is_not_taken_for_a_broken_image(error: Exception, num
                 raise error
             return super().read(100)
 
+    expected = OutOfMemory if isinstance(error, MemoryError) else StoreUnavailable
     for content in (JPEG, encode(noise(), "TIFF")):
-        with pytest.raises(StoreUnavailable, match=r"^Reading pets/a\.jpg failed: "):
+        with pytest.raises(expected, match=r"^Reading pets/a\.jpg failed: "):
             read_image_size(Failing(content), "pets/a.jpg")
     if not num_good_reads:
-        with pytest.raises(StoreUnavailable, match=r"^Reading pets/a\.jpg failed: "):
+        with pytest.raises(expected, match=r"^Reading pets/a\.jpg failed: "):
             load_image(Failing(JPEG), "pets/a.jpg")
 
 

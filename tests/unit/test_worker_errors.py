@@ -1,5 +1,6 @@
 """An error of a data loader's worker, as the stage tells it."""
 
+import errno
 import os
 import signal
 import traceback
@@ -7,7 +8,15 @@ import traceback
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from internvl_core.errors import DataError, InternVLError, MediaError, StoreUnavailable, WorkerLost
+from internvl_core.errors import (
+    DataError,
+    DiskFull,
+    InternVLError,
+    MediaError,
+    OutOfMemory,
+    StoreUnavailable,
+    WorkerLost,
+)
 from internvl_core.train.entry import classify
 
 MESSAGE = "data/a.jsonl:3: 2 <image> tags but 1 image. Fix the record."
@@ -36,6 +45,16 @@ class Killed(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
+
+
+class Greedy(Dataset[int]):
+    """As a collator without memory."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise MemoryError
 
 
 def fail(error: InternVLError, *, num_workers: int) -> BaseException:
@@ -76,3 +95,29 @@ def test_the_lines_of_a_message_from_a_worker_become_one() -> None:
 def test_an_error_that_no_worker_raised_stays_as_it_is(message: str) -> None:
     error = DataError(message)
     assert classify(error) is error
+
+
+def test_memory_that_a_worker_lacks_is_out_of_memory() -> None:
+    with pytest.raises(MemoryError) as caught:
+        next(iter(DataLoader(Greedy(), num_workers=1)))
+    error = classify(caught.value)
+    assert isinstance(error, OutOfMemory)
+    assert "worker process 0" in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_sample_for_which_there_was_no_memory_is_known_outside_of_its_worker(num_workers: int) -> None:
+    sent = OutOfMemory(
+        "a.jsonl:3: no memory left for the sample cats: and dogs:3. Lower it.", sample_ids=["cats: and dogs:3"]
+    )
+    error = fail(sent, num_workers=num_workers)
+    assert isinstance(error, OutOfMemory)
+    assert str(error) == str(sent)
+    assert list(error.sample_ids) == ["cats: and dogs:3"]
+
+
+def test_a_disk_without_room_is_a_full_disk_wherever_it_is_met() -> None:
+    error = classify(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"))
+    assert isinstance(error, DiskFull)
+    assert "'metrics.jsonl'" in str(error)

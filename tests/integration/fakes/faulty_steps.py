@@ -4,12 +4,14 @@ Usage under torchrun: faulty_steps.py ENTRY FAULTS --key=value ... with FAULTS a
     loss, gradient   {step: [value, ranks]}: multiplies the loss, or the gradient of one parameter, on those ranks
     weight           {step: [value, ranks]}: put into the rank's part of a weight once the step is done
     memory           {step: [kind, ranks]}: raises what runs out of memory raise (`MEMORY_ERRORS`)
+    room             {step: [[folder, bytes], ranks]}: fills the folder's disk but for so many, when the step is saved
 Each rank leaves `state-<rank>.jsonl` in the attempt's directory: digests of what it trains before and behind each step.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -48,6 +50,12 @@ class FaultyTrainer(run.InternVLTrainer):
         if (kind := self.find("memory")) is not None:
             raise MEMORY_ERRORS[kind]()
         return super().compute_loss(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        room = self.find("room", is_over=True)
+        if room is not None:
+            fill(*room)
+        super()._save_checkpoint(*args)
 
     def find(self, kind: str, *, is_over: bool = False) -> Any:
         step = self.state.global_step + (not is_over)
@@ -95,6 +103,11 @@ class StateLog(TrainerCallback):
                 digest.update(name.encode())
                 enter_tensor(digest, torch.as_tensor(value))
         return digest.hexdigest()
+
+
+def fill(folder: str, left_bytes: int) -> None:
+    os.truncate(descriptor := os.open(f"{folder}/filler", os.O_CREAT | os.O_WRONLY), 0)
+    os.posix_fallocate(descriptor, 0, shutil.disk_usage(folder).free - left_bytes)
 
 
 def enter_tensor(digest: Any, tensor: Tensor) -> None:
