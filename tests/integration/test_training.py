@@ -272,6 +272,7 @@ def write_broken_meta(inputs: Inputs, folder: Path) -> Path:
     return folder / "meta.json"
 
 
+@pytest.mark.fault(3, "a file vanishes", how="a record's image is missing", then="left out, counted and written down")
 def test_a_bad_sample_is_dropped_counted_and_written_down(inputs: Inputs, tmp_path: Path) -> None:
     meta_path = write_broken_meta(inputs, tmp_path)
     arguments = {**inputs.arguments, "meta_path": str(meta_path), "max_steps": 3, "dataloader_num_workers": 1}
@@ -287,6 +288,7 @@ def test_a_bad_sample_is_dropped_counted_and_written_down(inputs: Inputs, tmp_pa
     assert all("nan" not in str(line["loss"]).lower() for line in attempt.curve)
 
 
+@pytest.mark.fault(2, "too many samples are bad", how="one, and none is borne", then="exit 65 on all ranks")
 def test_more_bad_samples_than_are_borne_end_the_stage_on_all_ranks(inputs: Inputs, tmp_path: Path) -> None:
     arguments = {**inputs.arguments, "meta_path": str(write_broken_meta(inputs, tmp_path)), "max_bad_fraction": 0}
     started = time.monotonic()
