@@ -16,7 +16,7 @@ from typing import Protocol
 from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import FileEntry
 from internvl_core.checkpoint.remote_backend import RemoteBackend
-from internvl_core.checkpoint.uri import FILE_PREFIX, SFTP_PREFIX, normalize_uri
+from internvl_core.checkpoint.uri import FILE_PREFIX, S3_PREFIXES, SFTP_PREFIX, normalize_uri
 from internvl_core.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,12 @@ def open_backend(uri: str) -> Backend:
     uri = normalize_uri(uri)
     if uri.startswith(FILE_PREFIX):
         return LocalBackend(uri)
+    # The others late: their packages are extras.
+    if uri.startswith(S3_PREFIXES):
+        from internvl_core.checkpoint.s3_backend import S3Backend
+
+        return S3Backend(uri)
     if uri.startswith(SFTP_PREFIX):
-        # Late: its package is an extra.
         from internvl_core.checkpoint.sftp_backend import SftpBackend
 
         return SftpBackend(uri)

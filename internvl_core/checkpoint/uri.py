@@ -15,6 +15,7 @@ from internvl_core.errors import ArgumentError
 
 FILE_PREFIX = "file://"
 SFTP_PREFIX = "sftp://"
+S3_PREFIXES = ("s3://", "s3a://")
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?P<separator>://|::)(?P<rest>.*)", re.DOTALL)
 # Of a store: every protocol whose exclusive creation is known to be one, of those that fsspec brings. Never http, by
