@@ -37,9 +37,10 @@ class Recipe(BaseModel):
     launcher: Launcher = Field(default=Launcher(), description="Processes of every stage that says no other.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Arguments common to all stages.")
     retry_delays_s: list[Annotated[float, Field(ge=0)]] = Field(
-        default=[10, 60],
+        default=[10, 60, 300],
         max_length=10,
-        description="Seconds before each further try of a stage that failed in a way a retry can help; none: no retry.",
+        description="Seconds before each further try of a stage that failed in a way a retry can help; none: no retry. "
+        "That many may fail in a row, three at the most; a try that commits a newer checkpoint begins the count anew.",
     )
     stages: list[Stage] = Field(min_length=1, description="Stages, in order.")
 

@@ -22,12 +22,15 @@ from tasks.index_data import index_data
 from tasks.show_stages import show_stages
 from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import check_launchers, check_stage_arguments
+from tasks.stage_tries import StageTries
 from tasks.track_run import RunTracker
 from tasks.train_stage import train_stage
 from tasks.trained_stage import TrainedStage
 from tasks.write_report import write_report
 
 logger = logging.getLogger(__name__)
+
+_MAX_RETRIES = 100
 
 
 @dataclass
@@ -55,7 +58,9 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
         build_smoke_inputs(recipe.directory)
     check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
     index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
-    train = train_stage.with_options(retries=len(recipe.retry_delays_s), retry_delay_seconds=recipe.retry_delays_s or 0)
+    # How many of them may fail in a row is counted by StageTries; a stage that gets on between faults goes on.
+    retries = _MAX_RETRIES if recipe.retry_delays_s else 0
+    train = train_stage.with_options(retries=retries, retry_delay_seconds=recipe.retry_delays_s or 0)
     result = RecipeResult(recipe)
     checkpoint = resolve_checkpoint(recipe.start_from) if recipe.start_from else None
     with _track(recipe) as tracker, _report(result, tracker):
@@ -66,6 +71,7 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
                 workspace=recipe.directory,
                 store_uri=recipe.store,
                 tracker=tracker,
+                tries=StageTries(stage.name, len(recipe.retry_delays_s)),
                 is_fresh=is_fresh,
             )
             result.trained.append(trained)

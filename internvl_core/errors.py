@@ -182,7 +182,7 @@ class WorkerLost(StageError):
 
 
 class NoProgress(StageError):
-    """Retried three times without a newer commit."""
+    """Retried, three times at the most, without a newer commit; names the reason of each try."""
 
     exit_code = 93
 

@@ -40,6 +40,8 @@ class _Death:
     exit_code: int
 
     def __str__(self) -> str:
+        if self.exit_code == WorkerLost.exit_code:
+            return f"{self.who} left because another rank was gone"
         if self.exit_code >= 0:
             return f"{self.who} ended with exit code {self.exit_code}"
         name = _name_signal(-self.exit_code)

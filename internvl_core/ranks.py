@@ -69,6 +69,8 @@ class Ranks:
         self._server.setblocking(False)
         self._connections: list[_Connection] = []
         self._is_stopping = False
+        self.lost: int | None = None
+        """The first rank that went without a word."""
 
     @property
     def name(self) -> str:
@@ -95,17 +97,14 @@ class Ranks:
         """Whether a rank has ended itself."""
         return any(each.has_left for each in self._connections)
 
-    @property
-    def lost(self) -> list[int]:
-        """Ranks that went without a word."""
-        return [
-            each.rank for each in self._connections if not (each.is_open or each.has_left) and each.rank is not None
-        ]
-
     def read(self) -> list[Message]:
         """Accept whoever connected and return what all said since the last call."""
         self._accept()
-        return [message for each in self._connections for message in each.read()]
+        messages = [message for each in self._connections for message in each.read()]
+        if self.lost is None:
+            gone = (each.rank for each in self._connections if not (each.is_open or each.has_left))
+            self.lost = next((rank for rank in gone if rank is not None), None)
+        return messages
 
     def stop(self) -> int:
         """Tell all ranks to save and leave, also those that connect later; return how many are told now."""

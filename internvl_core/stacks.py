@@ -13,7 +13,7 @@ from pathlib import Path
 from internvl_core.contract import get_stacks_path
 from internvl_core.progress import STACKS_SIGNAL
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 3.0
 _POLL_S = 0.1
 _MAX_BYTES = 64 * 1024
 _STATES = {

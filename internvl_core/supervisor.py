@@ -210,7 +210,7 @@ class Supervisor:
 
     @property
     def _is_failing(self) -> bool:
-        return bool(self._ranks.lost) or (self._attempt_dir / FAILURE_FILE).exists()
+        return self._ranks.lost is not None or (self._attempt_dir / FAILURE_FILE).exists()
 
     def _stop(self, reason: str) -> None:
         if self._stop_reason is not None:
@@ -227,14 +227,14 @@ class Supervisor:
             self._failed = self._failed or now
             if now - self._failed > _GRACE_AFTER_FAILURE_S:
                 return _Kill(f"{FAILURE_FILE} was written and others did not leave within {_GRACE_AFTER_FAILURE_S:g} s")
-        elif self._ranks.lost:
+        elif self._ranks.lost is not None:
             self._lost = self._lost or now
             if now - self._lost > _GRACE_OF_THE_REST_S:
                 for pid in self._ranks.pids.values():
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             if now - self._lost > _GRACE_OF_REPORT_S:
-                return _Kill(f"rank {self._ranks.lost[0]} was lost and the command did not end")
+                return _Kill(f"rank {self._ranks.lost} was lost and the command did not end")
         return None
 
     def _find_end_of_stop(self) -> _Kill | None:
@@ -284,8 +284,7 @@ class Supervisor:
         step = self._watchdog.step
         if self._stop_reason is not None:
             return explain_stop(self._attempt_dir, command_exit_code, kill.reason if kill else None, step=step)
-        lost = self._ranks.lost[0] if self._ranks.lost else None
-        return explain_exit(self._attempt_dir, command_exit_code, lost=lost, step=step)
+        return explain_exit(self._attempt_dir, command_exit_code, lost=self._ranks.lost, step=step)
 
     def _write_state(
         self, state: str, *, exit_code: int | None = None, reason: str | None = None, num_killed: int = 0

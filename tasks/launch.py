@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from internvl_core.argument_rules import resolve_arguments
-from internvl_core.contract import LOG_FILE, METRICS_FILE, StageFailure, StageFile, StageResult
+from internvl_core.contract import LOG_FILE, METRICS_FILE, STATE_FILE, StageFailure, StageFile, StageResult
 from internvl_core.errors import ArgumentError, InternVLError, LeaseHeld, WorkerLost, find_error_class
 from internvl_core.watchdog import Limits
 
@@ -258,6 +258,15 @@ class RunningStage:
         last_line = path.read_text(errors="replace").rstrip().rpartition("\n")[2]
         refusals = {error.exit_code: error for error in (ArgumentError, LeaseHeld)}
         return refusals.get(exit_code, InternVLError)(f"The supervisor ended with {exit_code}: {last_line} Log: {path}")
+
+
+def read_step(attempt_dir: Path) -> int | None:
+    """Read the last step that a rank of a finished attempt told; None before the first."""
+    try:
+        step = json.loads((attempt_dir / STATE_FILE).read_text())["step"]
+    except (FileNotFoundError, ValueError, KeyError):  # A supervisor that was killed, or a full disk.
+        return None
+    return int(step) if step is not None else None
 
 
 class LineTail:

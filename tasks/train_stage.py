@@ -16,12 +16,13 @@ from prefect.tasks import Task
 
 from internvl_core.checkpoint.store import StageStore, read_file
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
-from internvl_core.errors import InternVLError
+from internvl_core.errors import InternVLError, StoreUnavailable
 from tasks.hold_stage import hold_stage
-from tasks.launch import launch_stage
+from tasks.launch import launch_stage, read_step
 from tasks.show_progress import StageProgress
 from tasks.stage import Stage
 from tasks.stage_plan import RESUME, StagePlan, get_cache_dir, plan_stage
+from tasks.stage_tries import StageTries
 from tasks.track_run import RunStatus, RunTracker
 from tasks.trained_stage import TrainedStage
 
@@ -49,6 +50,7 @@ def train_stage(
     workspace: Path,
     store_uri: str,
     tracker: RunTracker,
+    tries: StageTries,
     is_fresh: bool,
 ) -> TrainedStage:
     """Bring a stage to its handover.
@@ -61,8 +63,32 @@ def train_stage(
         workspace: where attempts and caches live.
         store_uri: where checkpoints live.
         tracker: told about arguments, metrics and the outcome; can neither fail nor delay.
+        tries: what the tries before this one came to.
         is_fresh: train from the start even if the store has a result or a checkpoint of this stage.
+
+    Raises:
+        NoProgress: it failed in ways that a retry can help, but retries brought no newer commit.
+        InternVLError: it failed.
     """
+    try:
+        return _bring_to_handover(stage, start_from, workspace, store_uri, tracker, tries, is_fresh=is_fresh)
+    except StoreUnavailable as error:  # Before there was an attempt, too.
+        told = tries.note(error, reached=None, committed=None)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _bring_to_handover(
+    stage: Stage,
+    start_from: CheckpointRef | None,
+    workspace: Path,
+    store_uri: str,
+    tracker: RunTracker,
+    tries: StageTries,
+    *,
+    is_fresh: bool,
+) -> TrainedStage:
     plan = plan_stage(stage, start_from, cache_dir=get_cache_dir(workspace))
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
@@ -76,7 +102,7 @@ def train_stage(
                 attempt_dir = _make_attempt_dir(attempts_dir)
                 stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
-                    result = _run_attempt(stage_file, attempt_dir, lock)
+                    result = _try(stage_file, attempt_dir, lock, store, tries)
                     tracked.update(result.metrics)
                 return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
     attempts_dir.mkdir(parents=True, exist_ok=True)
@@ -154,6 +180,28 @@ def _describe(
         inputs=plan.inputs,
         resume_from=plan.resume_from,
     )
+
+
+def _try(stage_file: StageFile, attempt_dir: Path, lock: int, store: StageStore, tries: StageTries) -> StageResult:
+    retry = tries.describe_retry(_find_committed_step(store))
+    if retry is not None:
+        get_run_logger().info("%s", retry)
+    try:
+        return _run_attempt(stage_file, attempt_dir, lock)
+    except InternVLError as error:
+        if not error.is_retryable:
+            raise
+        told = tries.note(error, reached=read_step(attempt_dir), committed=_find_committed_step(store))
+        if told is error:
+            raise
+        raise told from error
+
+
+def _find_committed_step(store: StageStore) -> int | None:
+    try:
+        return next((commit.step for commit in store.list_committed()), None)
+    except StoreUnavailable:  # It may be the very reason of a retry.
+        return None
 
 
 def _run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageResult:

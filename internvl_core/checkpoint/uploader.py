@@ -11,6 +11,7 @@ stdin ends it. Without torch.
 import argparse
 import json
 import logging
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from internvl_core.checkpoint.store import StageStore
 from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import METRICS_FILE
 from internvl_core.errors import CheckpointError, Fenced, InternVLError
+from internvl_core.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, help="training checkpoints that stay in the store; left out: all")
     parser.add_argument("--attempt-dir", type=Path, required=True)
     options = parser.parse_args(arguments)
+    for number in STOP_SIGNALS:
+        # torchrun sends them to the whole group of rank 0, whose last save is still to go out.
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [uploader] %(name)s: %(message)s")
     store = StageStore(options.store, options.stage, options.fingerprint)
     events = _Events()

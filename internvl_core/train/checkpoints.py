@@ -111,6 +111,11 @@ class StageCheckpoints:
             )
         trainer.add_callback(CommitCallback(self._queue, meter, self._link))
 
+    @property
+    def are_committed(self) -> bool:
+        """Whether all that this rank knows to be saved is committed."""
+        return not (self._is_main and isinstance(self._commits, StageCommits)) or self._commits.uploads.are_committed
+
     def await_room(self, step: int) -> None:
         """Wait on all ranks until a checkpoint may be written.
 

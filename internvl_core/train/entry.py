@@ -80,7 +80,7 @@ def _report_failure(error: BaseException, attempt_dir: Path | None, link: Superv
         return
     if attempt_dir is not None and _is_about_a_peer(error):
         # A symptom. Who vanished has told the cause, or the supervisor finds it.
-        logger.error("This rank leaves, for another one is gone: %s", str(error).partition("\n")[0])
+        logger.error("This rank leaves, for another one is gone: %s", error)
         _leave(WorkerLost.exit_code, link)
     error = classify(error)
     failure = StageFailure.from_exception(error, rank=_rank())

@@ -310,7 +310,8 @@ class StageRun:
         return scores
 
     def _note_answers(self) -> None:
-        self._link.tell(Phase.EVALUATE)
+        # Only when the final weights are out may a stop end the evaluation without a word to the ranks.
+        self._link.tell(Phase.EVALUATE if self._checkpoints.are_committed else Phase.FINISH)
         if self._link.is_set:
             self._checkpoints.await_commits_apart()
             raise Preempted(

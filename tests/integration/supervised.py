@@ -48,6 +48,11 @@ class SupervisedAttempt:
     def get_rank_pid(self, rank: int) -> int:
         return int((self.directory / f"rank-{rank}.pid").read_text())
 
+    def find_torchrun(self) -> int:
+        start = f"{sys.executable} -m torch.distributed.run "
+        (pid,) = [pid for pid, command in self.find_processes().items() if command.startswith(start)]
+        return pid
+
     def has_saved(self) -> bool:
         return all((self.directory / f"rank-{rank}.saved").exists() for rank in (0, 1))
 
@@ -58,11 +63,11 @@ class SupervisedAttempt:
         wait_for(lambda: not self.find_processes(), lambda: f"no process left: {self.find_processes()}")
 
 
-def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
-    end = time.monotonic() + DEADLINE_S
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], *, deadline_s: float = DEADLINE_S) -> None:
+    end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"waited {DEADLINE_S:g} s for {what if isinstance(what, str) else what()}")
+            pytest.fail(f"waited {deadline_s:g} s for {what if isinstance(what, str) else what()}")
         time.sleep(POLL_S)
 
 
