@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from internvl_core.checkpoint.store import StageStore, read_file
+from internvl_core.checkpoint.unsent import publish_unsent
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.errors import InternVLError, StoreUnavailable
 from tasks.hold_stage import hold_stage
@@ -99,6 +100,8 @@ def _bring_to_handover(
             # Another run may have finished it since.
             handover = None if is_fresh else store.find_handover()
             if handover is None:
+                # What a run that is gone could not send any more.
+                publish_unsent(attempts_dir, store)
                 attempt_dir = _make_attempt_dir(attempts_dir)
                 stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
@@ -189,6 +192,8 @@ def _try(stage_file: StageFile, attempt_dir: Path, lock: int, store: StageStore,
     try:
         return _run_attempt(stage_file, attempt_dir, lock)
     except InternVLError as error:
+        # Now, for the next try may be on another machine.
+        publish_unsent(attempt_dir.parent, store)
         if not error.is_retryable:
             raise
         told = tries.note(error, reached=read_step(attempt_dir), committed=_find_committed_step(store))
