@@ -34,7 +34,7 @@ from internvl_core.contract import StageFile, StageResult
 from internvl_core.process_tree import find_descendants
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
-from tasks.launch import RunningStage, build_command, launch_command
+from tasks.launch import RunningStage, build_command, get_limits, launch_command
 
 BLOCKING_RANK = Path(__file__).with_name("blocking_rank.py")
 SAVE_STEPS = 6
@@ -93,7 +93,7 @@ class Stage:
         if script is not None:
             module = command.index("internvl_core.finetune")
             command[module - 1 : module + 1] = [str(script)]
-        return launch_command(command, directory, stage.save_budget_s)
+        return launch_command(command, directory, get_limits(stage))
 
     def take_over(self) -> None:
         publish_unsent(self._folder / "attempts", self.store)

@@ -8,8 +8,10 @@ import ctypes
 import logging
 import os
 import signal
+import stat
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +38,34 @@ def die_with(owner: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != owner:  # It died before the line above.
         os._exit(1)
+
+
+def is_held(descriptor: int) -> bool:
+    """Tell a pipe that another process holds from a terminal or /dev/null, whose end of file says nothing."""
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # Closed.
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def start_owned(command: Sequence[str], log_path: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, writing to a file, that dies with this process; for the main thread.
+
+    Raises:
+        OSError: there is no such command.
+    """
+    owner = os.getpid()
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: die_with(owner),
+        )
 
 
 def reap(process: subprocess.Popen[bytes]) -> bool:

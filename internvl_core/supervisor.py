@@ -22,7 +22,6 @@ import logging
 import os
 import select
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -56,7 +55,7 @@ from internvl_core.post_mortem import (
     explain_stop,
     name_memory,
 )
-from internvl_core.process_tree import adopt_orphans, die_with, kill_descendants, reap
+from internvl_core.process_tree import adopt_orphans, is_held, kill_descendants, reap, start_owned
 from internvl_core.progress import Kind, Message
 from internvl_core.ranks import Ranks
 from internvl_core.stacks import collect_stacks
@@ -120,7 +119,7 @@ class Supervisor:
         self._stopped = 0.0
         self._failed: float | None = None
         self._lost: float | None = None
-        self._is_stdin_watched = _is_pipe(_STDIN)
+        self._is_stdin_watched = is_held(_STDIN)
 
     def run(self) -> int:
         """Start the command, watch it to its end, leave nothing alive, and settle what its outcome was."""
@@ -163,26 +162,16 @@ class Supervisor:
             STACKS_DIR_VARIABLE: str(stacks_dir),
             "TORCHELASTIC_ERROR_FILE": str(self._attempt_dir / TORCHELASTIC_FILE),
         }
-        owner = os.getpid()
-        with (self._attempt_dir / LOG_FILE).open("ab") as log:
-            try:
-                return subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=lambda: die_with(owner),
-                )
-            except OSError as error:
-                raise ArgumentError(f"Cannot start {self._command[0]}: {error}") from error
+        try:
+            return start_owned(self._command, self._attempt_dir / LOG_FILE, environment)
+        except OSError as error:
+            raise ArgumentError(f"Cannot start {self._command[0]}: {error}") from error
 
     def _watch(self, process: subprocess.Popen[bytes]) -> _Kill | None:
         """Wait for the end of the command; return why it must be killed, or None if it ended by itself."""
         while not reap(process):
-            watched = [*self._ranks.descriptors, *([_STDIN] if self._is_stdin_watched else [])]
-            readable, _, _ = select.select(watched, [], [], _POLL_S)
+            stdin = [_STDIN] if self._is_stdin_watched else []
+            readable, _, _ = select.select([*self._ranks.descriptors, *stdin], [], [], _POLL_S)
             self._watchdog.advance(time.monotonic())
             # Ranks first: whoever connected before the stop was asked for has something to save.
             for message in self._ranks.read():
@@ -303,15 +292,6 @@ class Supervisor:
             write_json_atomically(self._attempt_dir / STATE_FILE, content)
         except OSError as error:  # It is for others to look at: no reason to end a training.
             logger.error("%s not written: %s", STATE_FILE, error)
-
-
-def _is_pipe(descriptor: int) -> bool:
-    """Tell a held pipe from a terminal or /dev/null, whose end of file says nothing about a holder."""
-    try:
-        mode = os.fstat(descriptor).st_mode
-    except OSError:  # Closed.
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 if __name__ == "__main__":
