@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.checkpoint_commands import checkpoint_app
 from flows.data_commands import data_app
 from flows.model_commands import convert
 from flows.plan_command import plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="ckpt")
 
 INTERRUPTED = 130
 LINE_COLUMNS = 100

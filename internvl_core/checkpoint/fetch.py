@@ -17,7 +17,7 @@ from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import Manifest, check_entries, check_files, check_size
 from internvl_core.contract import CheckpointRef
-from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
+from internvl_core.errors import ArgumentError, CheckpointCorrupt, CheckpointNotFound
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,35 @@ def fetch(checkpoint: CheckpointRef, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def copy_checkpoint(checkpoint: CheckpointRef, target: Path) -> None:
+    """Copy a committed checkpoint into a folder of one's own, verified; the folder appears whole or not at all.
+
+    Args:
+        target: does not exist, or is empty.
+
+    Raises:
+        ArgumentError: the target is a file, or holds something.
+        CheckpointNotFound, CheckpointCorrupt: as for `fetch`.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        raise ArgumentError(f"{target}: is not empty. Give a new folder, or empty it first.")
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"{target}: is a file. Give a new folder.")
+    manifest = read_manifest(checkpoint)
+    backend, save = open_checkpoint(checkpoint.uri)
+    with translated(f"Preparing {target.parent}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
+    try:
+        _download(backend, f"{DATA_FOLDER}/{save}", manifest, temporary)
+        with translated(f"Moving the copy to {target}"):
+            # mkdtemp's 0700 would keep others out.
+            temporary.chmod(0o755)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def adopt(directory: Path, checkpoint: CheckpointRef, cache_dir: Path) -> Path | None:

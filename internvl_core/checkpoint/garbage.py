@@ -6,7 +6,7 @@ So whoever finds a record finds its data, and a crash anywhere leaves only what 
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from internvl_core.checkpoint.backend import Backend
@@ -45,7 +45,13 @@ class GarbageReport:
 
 
 def collect_garbage(
-    backend: Backend, fence: int, *, keep: int, verified: set[str], in_progress: Collection[str] = ()
+    backend: Backend,
+    fence: int,
+    *,
+    keep: int,
+    verified: set[str],
+    in_progress: Collection[str] = (),
+    is_rehearsal: bool = False,
 ) -> GarbageReport:
     """Remove commits that `keep` newer verified ones supersede, and data that no commit names.
 
@@ -56,6 +62,7 @@ def collect_garbage(
         verified: digests of checkpoints that this process has read through before, of which only the sizes are
             looked at; those read now are added.
         in_progress: folders of `data/` that this process is filling just now.
+        is_rehearsal: only tell what would be removed by the holder of this lease, which nobody needs to have taken.
 
     Raises:
         Fenced: a later lease exists; nothing is removed from then on.
@@ -71,6 +78,10 @@ def collect_garbage(
     if len(counted) < keep:
         report.refusal = f"only {len(counted)} of the {keep} checkpoints to be kept verify"
     doomed = _choose_doomed(backend, names, counted, protected, report)
+    if is_rehearsal:
+        report.removed = doomed[::-1]
+        report.swept = list(_iter_unnamed(backend, fence, protected, in_progress, without=set(doomed)))
+        return report
     # As late as can be. Whoever takes the lease after this has pinned what it needs before we read the pins.
     check_fence(backend, fence)
     for name in reversed(doomed):
@@ -154,6 +165,20 @@ def _sweep_data(
     backend: Backend, fence: int, protected: Collection[str], in_progress: Collection[str], report: GarbageReport
 ) -> None:
     """Remove the data of saves that no record names, unless a later lease may be about to name it."""
+    for save in _iter_unnamed(backend, fence, protected, in_progress):
+        backend.remove_all(f"{DATA_FOLDER}/{save}")
+        report.swept.append(save)
+
+
+def _iter_unnamed(
+    backend: Backend,
+    fence: int,
+    protected: Collection[str],
+    in_progress: Collection[str],
+    *,
+    without: Collection[CommitName] = (),
+) -> Iterator[str]:
+    """Yield the saves that no record names, or none but those of the commits `without`."""
     for save in sorted(backend.list_names(DATA_FOLDER)):
         save_fence = get_save_fence(save)
         if save_fence is None or save_fence > fence or save in in_progress:
@@ -161,12 +186,11 @@ def _sweep_data(
         if f"{backend.uri}/{DATA_FOLDER}/{save}" in protected:
             continue
         try:
-            is_named = find_commit(backend, save) is not None
+            commit = find_commit(backend, save)
         except CheckpointCorrupt:
-            is_named = True  # Perhaps; it goes when that record goes.
-        if not is_named:
-            backend.remove_all(f"{DATA_FOLDER}/{save}")
-            report.swept.append(save)
+            continue  # Perhaps a record names it; it goes when that record goes.
+        if commit is None or commit.name in without:
+            yield save
 
 
 def _sweep_records(backend: Backend, fence: int) -> None:

@@ -177,7 +177,7 @@ class StageStore:
         verify(self._backend, checkpoint)
         self._verified.add(checkpoint.digest)
 
-    def collect_garbage(self, fence: int, *, keep: int) -> GarbageReport:
+    def collect_garbage(self, fence: int, *, keep: int, is_rehearsal: bool = False) -> GarbageReport:
         """Remove what newer verified checkpoints supersede, and what crashed saves left; see `garbage`.
 
         What this object verified before is not read again, only its sizes are looked at.
@@ -186,6 +186,7 @@ class StageStore:
             fence: of the lease of this process.
             keep: live checkpoints that must verify before any older one goes; final weights, pinned and
                 handed-over ones stay besides.
+            is_rehearsal: only tell what would be removed by the holder of this lease, which need not be taken.
 
         Raises:
             ArgumentError: fewer than two are to be kept.
@@ -194,7 +195,12 @@ class StageStore:
         if keep < MIN_KEPT:
             raise ArgumentError(f"keep: {keep} is too few, for the newest may rot. Keep at least {MIN_KEPT}.")
         return garbage.collect_garbage(
-            self._backend, fence, keep=keep, verified=self._verified, in_progress=self._in_progress
+            self._backend,
+            fence,
+            keep=keep,
+            verified=self._verified,
+            in_progress=self._in_progress,
+            is_rehearsal=is_rehearsal,
         )
 
     def pin(self, name: str, checkpoint: CheckpointRef) -> None:
