@@ -26,12 +26,20 @@ os.environ["PREFECT_HOME"] = PREFECT_HOME
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-sample", type=int, metavar="N", help="run only so many of those in tests/faults")
-    parser.addoption("--fault-seed", type=int, default=secrets.randbelow(10_000), help="of that draw")
+    parser.addoption("--fault-seed", type=int, default=secrets.randbelow(10_000), help="of that draw and other samples")
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+def pytest_report_header(config: pytest.Config) -> str:
     size, seed = config.getoption("--fault-sample"), config.getoption("--fault-seed")
-    return None if size is None else f"faults: {size} drawn; again the same: --fault-sample={size} --fault-seed={seed}"
+    if size is None:
+        return f"samples: again the same with --fault-seed={seed}"
+    return f"faults: {size} drawn; again the same: --fault-sample={size} --fault-seed={seed}"
+
+
+@pytest.fixture
+def sample_seed(pytestconfig: pytest.Config) -> int:
+    """Give what a test may draw a sample of its cases with; the head of the run tells it."""
+    return int(pytestconfig.getoption("--fault-seed"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ from internvl_core.checkpoint.lease import (
 )
 from internvl_core.checkpoint.lineage import iter_verified
 from internvl_core.checkpoint.pins import pin_base
-from internvl_core.errors import CheckpointCorrupt, LeaseHeld
+from internvl_core.errors import CheckpointCorrupt, LeaseHeld, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def acquire(
         is_unchanged = _look(backend, sees_beat=not takes_over) == sight
         if is_unchanged and _create_lease(backend, fence, owner, base):
             lease = Lease(fence, base, backend)
-            lease.beat(step=base.step if base else None, phase="starting")
+            _beat_first(lease)
             logger.info("Took lease %d of %s, to go on with %s.", fence, backend.uri, base.name if base else "nothing")
             return lease
         logger.info("%s: another process worked on it meanwhile; looking again.", backend.uri)
@@ -104,6 +104,14 @@ def _create_lease(backend: Backend, fence: int, owner: Owner, base: Commit | Non
     finished = (handover.step, handover.fence) if handover else None
     record = LeaseRecord(owner, Origin(base.name if base else None, finished), time.time())
     return create_once(backend, lease_path(fence), record.to_bytes())
+
+
+def _beat_first(lease: Lease) -> None:
+    try:
+        lease.beat(step=lease.base.step if lease.base else None, phase="starting")
+    except StoreUnavailable as error:
+        # The lease is ours all the same; others watch for as long as a holder may miss its beats.
+        logger.warning("The first beat of lease %d was lost: %s", lease.fence, error)
 
 
 def _check_holder_is_gone(backend: Backend, sight: _Sight, taker: Owner, clock: Clock) -> None:

@@ -102,19 +102,21 @@ def create_once(backend: Backend, name: str, body: bytes) -> bool:
     Returns:
         Whether the object now holds `body`; False if another writer was first.
     """
-    for attempt in range(1, CREATE_ATTEMPTS + 1):
+    for _ in range(CREATE_ATTEMPTS - 1):
         try:
-            backend.create(name, body)
-        except FileExistsError:
-            # Perhaps by our own earlier attempt, whose answer never came: the bytes tell.
-            return find_object(backend, name) == body
+            return _create(backend, name, body)
         except StoreUnavailable as error:
-            if attempt == CREATE_ATTEMPTS:
-                raise
             logger.warning("%s Trying again.", error)
-        else:
-            return True
-    return False
+    return _create(backend, name, body)
+
+
+def _create(backend: Backend, name: str, body: bytes) -> bool:
+    try:
+        backend.create(name, body)
+    except FileExistsError:
+        # Perhaps by our own earlier attempt, whose answer never came: the bytes tell.
+        return find_object(backend, name) == body
+    return True
 
 
 def find_object(backend: Backend, name: str) -> bytes | None:

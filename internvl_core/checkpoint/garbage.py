@@ -112,10 +112,10 @@ def _count_verified(backend: Backend, keep: int, verified: set[str]) -> list[Com
     return counted
 
 
-def _list_protected(backend: Backend, fence: int) -> dict[str, str]:
-    """List the URIs of what must not go, with the reason."""
+def _list_protected(backend: Backend, fence: int) -> dict[str | int, str]:
+    """List what must not go, by URI or, where that is unknown, by step; with the reason."""
     # Bases of leases up to this one are history: those leases are taken, or never will be.
-    bases = {
+    bases: dict[str | int, str] = {
         uri: f"about to be the base of lease {taken}"
         for taken, uri in list_pinned_bases(backend).values()
         if uri and taken > fence
@@ -127,7 +127,7 @@ def _choose_doomed(
     backend: Backend,
     names: list[CommitName],
     counted: list[CommitName],
-    protected: dict[str, str],
+    protected: dict[str | int, str],
     report: GarbageReport,
 ) -> list[CommitName]:
     """Choose the commits to remove; note why the others stay."""
@@ -150,19 +150,19 @@ def _choose_doomed(
     return doomed
 
 
-def _find_protection(backend: Backend, name: CommitName, protected: dict[str, str]) -> str | None:
+def _find_protection(backend: Backend, name: CommitName, protected: dict[str | int, str]) -> str | None:
+    if name.step in protected:
+        return protected[name.step]
     try:
         return protected.get(read_commit(backend, name).checkpoint.uri)
-    except CheckpointNotFound:
-        return None
-    except CheckpointCorrupt:
+    except (CheckpointCorrupt, CheckpointNotFound):
         # It cannot say which of the saves of its step it names.
         start = f"{backend.uri}/{DATA_FOLDER}/{name.step:012d}.{name.fence:06d}."
-        return next((reason for uri, reason in protected.items() if uri.startswith(start)), None)
+        return next((reason for kept, reason in protected.items() if str(kept).startswith(start)), None)
 
 
 def _sweep_data(
-    backend: Backend, fence: int, protected: Collection[str], in_progress: Collection[str], report: GarbageReport
+    backend: Backend, fence: int, protected: Collection[str | int], in_progress: Collection[str], report: GarbageReport
 ) -> None:
     """Remove the data of saves that no record names, unless a later lease may be about to name it."""
     for save in _iter_unnamed(backend, fence, protected, in_progress):

@@ -88,14 +88,21 @@ def find_handover(backend: Backend) -> Handover | None:
     return None
 
 
-def list_handed_over(backend: Backend) -> dict[str, str]:
-    """List the URIs of all checkpoints that any handover names, live or not, with the reason to keep them.
+def list_handed_over(backend: Backend) -> dict[str | int, str]:
+    """List what any handover names, live or not, with the reason to keep it.
 
-    Raises:
-        CheckpointCorrupt: a handover is damaged, so nobody knows what it names.
+    Returns:
+        By the URI of the checkpoint; where the handover is damaged, by the step that its name tells.
     """
-    declared = [_read_handover(backend, step, fence) for step, fence in _list_declared(backend)]
-    return {handover.checkpoint.uri: f"handed over at step {handover.step}" for handover in declared}
+    kept: dict[str | int, str] = {}
+    for step, fence in _list_declared(backend):
+        try:
+            kept[_read_handover(backend, step, fence).checkpoint.uri] = f"handed over at step {step}"
+        except CheckpointCorrupt:
+            kept[step] = f"perhaps handed over: {_handover_path(step, fence)} is damaged"
+        except CheckpointNotFound:
+            continue
+    return kept
 
 
 def _list_declared(backend: Backend) -> list[tuple[int, int]]:

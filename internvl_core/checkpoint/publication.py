@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from internvl_core.checkpoint.backend import Backend, create_once
-from internvl_core.checkpoint.commits import DATA_FOLDER, CommitName, Origin, pack_commit
+from internvl_core.checkpoint.commits import (
+    DATA_FOLDER,
+    CommitName,
+    Origin,
+    pack_commit,
+    read_commit,
+    read_manifest_file,
+)
 from internvl_core.checkpoint.lease import check_fence, find_lease
 from internvl_core.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
 from internvl_core.contract import CheckpointRef
@@ -36,13 +43,17 @@ def publish(backend: Backend, save: str, directory: Path, paths: Sequence[str], 
     # A courtesy: the record would not be live. But who is fenced should learn it here, not from a reader.
     check_fence(backend, manifest.fence)
     name = CommitName(manifest.step, manifest.fence, manifest.kind)
-    record = pack_commit(name, save, manifest.digest, _find_origin(backend, manifest.fence))
-    if not create_once(backend, name.path, record):
+    origin = _find_origin(backend, manifest.fence)
+    if create_once(backend, name.path, pack_commit(name, save, manifest.digest, origin)):
+        return CheckpointRef(f"{backend.uri}/{folder}", manifest.digest)
+    # With a lease the name is nobody else's: so it is the same save, tried before, whose answers were all lost.
+    existing = read_commit(backend, name).checkpoint
+    if origin is None or read_manifest_file(backend, existing).files != manifest.files:
         raise Fenced(
             f"{backend.uri}/{name.path} exists: another process committed step {name.step} with fence {name.fence}. "
             "Two runs of one stage write to the same store; stop one of them."
         )
-    return CheckpointRef(f"{backend.uri}/{folder}", manifest.digest)
+    return existing
 
 
 def _upload(backend: Backend, directory: Path, paths: Sequence[str], folder: str) -> tuple[FileEntry, ...]:

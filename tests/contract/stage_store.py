@@ -136,6 +136,21 @@ def fetch_steps(store: StageStore, tmp_path: Path, *, passes_over: Iterable[int]
     ]
 
 
+def do_first(
+    patch: pytest.MonkeyPatch, store: StageStore, operation: str, act: Callable[[], object], *, folder: str = ""
+) -> None:
+    """Have something happen right before an operation of a store's backend, the first one in a folder."""
+    run = getattr(store._backend, operation)
+
+    def act_and_run(name: str, *arguments: object) -> object:
+        if name.startswith(folder):
+            patch.undo()
+            act()
+        return run(name, *arguments)
+
+    patch.setattr(store._backend, operation, act_and_run)
+
+
 def write_files(directory: Path, content: dict[str, bytes]) -> Path:
     for path, body in content.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)

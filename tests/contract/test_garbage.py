@@ -13,6 +13,7 @@ from stage_store import (
     StageStoreContract,
     choose_nothing,
     commit_uri,
+    do_first,
     fetch_steps,
     flip_byte,
     list_objects,
@@ -136,14 +137,20 @@ class GarbageContract(StageStoreContract):
         assert list_steps(store) == [99, 30, 20]
         fetch(zombie, tmp_path / "cache")
 
-    @pytest.mark.parametrize("record", ["pins/best", "handover/000000000020.000001"])
-    def test_nothing_goes_while_it_is_unknown_what_is_to_be_kept(
-        self, store: StageStore, lease: Lease, publish: Publish, record: str
+    def test_what_a_damaged_handover_may_name_stays(self, store: StageStore, lease: Lease, publish: Publish) -> None:
+        checkpoints = [publish(step) for step in (10, 20, 30, 40)]
+        store.hand_over(checkpoints[1], {}, fence=lease.fence)
+        overwrite(f"{store.uri}/handover/{20:012d}.{1:06d}.json", flip_byte("last"))
+        report = store.collect_garbage(lease.fence, keep=2)
+        assert [name.step for name in report.removed] == [10]
+        assert list(report.kept.values())[-1].startswith("perhaps handed over")
+
+    def test_nothing_goes_while_it_is_unknown_what_a_pin_keeps(
+        self, store: StageStore, lease: Lease, publish: Publish
     ) -> None:
         checkpoints = [publish(step) for step in (10, 20, 30, 40)]
         store.pin("best", checkpoints[0])
-        store.hand_over(checkpoints[1], {}, fence=lease.fence)
-        overwrite(f"{store.uri}/{record}.json", flip_byte("last"))
+        overwrite(f"{store.uri}/pins/best.json", flip_byte("last"))
         report = store.collect_garbage(lease.fence, keep=2)
         assert report.refusal is not None
         assert report.refusal.startswith("it is not known what is to be kept")
@@ -174,14 +181,7 @@ class GarbageContract(StageStoreContract):
     ) -> None:
         for step in (10, 20, 30):
             publish(step)
-        describe = store._backend.describe
-
-        def read_slowly(*arguments: object) -> object:
-            monkeypatch.undo()
-            take_lease(store)
-            return describe(*arguments)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(store._backend, "describe", read_slowly)
+        do_first(monkeypatch, store, "describe", lambda: take_lease(store))
         with pytest.raises(Fenced):
             store.collect_garbage(lease.fence, keep=2)
         assert list_steps(store) == [30, 20, 10]
@@ -207,17 +207,15 @@ class GarbageContract(StageStoreContract):
     def test_a_save_in_progress_is_not_swept(
         self, store: StageStore, lease: Lease, publish: Publish, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        get_sizes_bytes = store._backend.get_sizes_bytes
-        swept = []
-
-        def collect_meanwhile(folder: str) -> dict[str, int]:
-            monkeypatch.undo()
-            swept.extend(store.collect_garbage(lease.fence, keep=2).swept)
-            return get_sizes_bytes(folder)
-
-        monkeypatch.setattr(store._backend, "get_sizes_bytes", collect_meanwhile)
+        reports = []
+        do_first(
+            monkeypatch,
+            store,
+            "get_sizes_bytes",
+            lambda: reports.append(store.collect_garbage(lease.fence, keep=2)),
+        )
         checkpoint = publish(10)
-        assert swept == []
+        assert reports[0].swept == []
         store.verify(checkpoint)
 
     def test_data_that_a_damaged_record_may_name_is_not_swept(
@@ -247,6 +245,22 @@ class GarbageContract(StageStoreContract):
         report = store.collect_garbage(lease.fence, keep=2)
         assert report.removed == []
         assert list(report.kept.values())[-1] == "about to be the base of lease 2"
+
+    @pytest.mark.parametrize("folder", ["pins/", "handover/", "lease/000002."])
+    def test_what_vanishes_while_it_is_looked_at_protects_nothing(
+        self, store: StageStore, lease: Lease, publish: Publish, monkeypatch: pytest.MonkeyPatch, folder: str
+    ) -> None:
+        oldest, *_ = [publish(step) for step in (10, 20, 30)]
+        match folder:
+            case "pins/":
+                store.pin("best", oldest)
+            case "handover/":
+                store.hand_over(oldest, {}, fence=lease.fence)
+            case _:
+                pin_base(store._backend, 2, oldest)
+        (protection,) = [name for name in list_objects(store) if name.startswith(folder)]
+        do_first(monkeypatch, store, "read", lambda: remove(f"{store.uri}/{protection}"), folder=folder)
+        assert [name.step for name in store.collect_garbage(lease.fence, keep=2).removed] == [10]
 
     def test_one_is_too_few_to_keep(self, store: StageStore, lease: Lease) -> None:
         with pytest.raises(ArgumentError, match="Keep at least 2"):

@@ -10,12 +10,16 @@ from stage_store import (
     Publish,
     StageStoreContract,
     commit_uri,
+    do_first,
     flip_byte,
     overwrite,
     remove,
+    take_lease,
+    write,
 )
 
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.record import pack_record
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound, Fenced
 
@@ -60,6 +64,40 @@ class HandoverContract(StageStoreContract):
         store.hand_over(first, {"run": 1})
         store.hand_over(second, {"run": 2})
         overwrite(f"{second.uri}/MANIFEST", flip_byte("middle"))
+        assert store.find_handover() == (first, {"run": 1})
+
+    def test_a_handover_of_a_checkpoint_that_is_history_is_passed_over(
+        self, store: StageStore, publish: Publish
+    ) -> None:
+        base = publish(10, take_lease(store).fence)
+        final = publish(20, kind=CheckpointKind.FINAL)
+        store.hand_over(final, {"run": 1}, fence=1)
+        overwrite(f"{final.uri}/model.safetensors", flip_byte("middle"))
+        again = take_lease(store)
+        assert again.base is not None
+        assert again.base.checkpoint == base
+        assert store.find_handover() is None
+        second = publish(20, again.fence, CheckpointKind.FINAL)
+        store.hand_over(second, {"run": 2}, fence=again.fence)
+        assert store.find_handover() == (second, {"run": 2})
+
+    @pytest.mark.parametrize("named", [None, {"data": "data/x"}, "data/x"])
+    def test_a_record_that_is_no_handover_is_passed_over(
+        self, store: StageStore, publish: Publish, named: object
+    ) -> None:
+        first = publish(10, kind=CheckpointKind.FINAL)
+        store.hand_over(first, {"run": 1})
+        write(f"{store.uri}/handover/{20:012d}.{1:06d}.json", pack_record({"checkpoint": named, "result": {}}))
+        assert store.find_handover() == (first, {"run": 1})
+
+    def test_a_handover_that_vanishes_while_it_is_looked_for_is_passed_over(
+        self, store: StageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = (publish(step, kind=CheckpointKind.FINAL) for step in (10, 20))
+        store.hand_over(first, {"run": 1})
+        store.hand_over(second, {"run": 2})
+        vanishing = f"{store.uri}/handover/{20:012d}.{1:06d}.json"
+        do_first(monkeypatch, store, "read", lambda: remove(vanishing), folder="handover/")
         assert store.find_handover() == (first, {"run": 1})
 
     def test_what_is_not_committed_cannot_be_handed_over(self, store: StageStore, publish: Publish) -> None:

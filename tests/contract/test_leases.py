@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from stage_store import (
@@ -30,10 +31,12 @@ from stage_store import (
     remove,
     take_lease,
     write,
+    write_files,
 )
 
 from internvl_core.checkpoint.acquisition import BEAT_TTL_S
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.record import pack_record
 from internvl_core.checkpoint.store import Commit, Owner, StageStore, resolve_checkpoint
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound, Fenced, LeaseHeld
 
@@ -229,6 +232,47 @@ class LeaseContract(StageStoreContract):
         overwrite(lease_uri(store, 1), flip_byte("last"))
         with pytest.raises(CheckpointCorrupt):
             store.open_lease(1)
+
+    @pytest.mark.parametrize("owner", [{}, {"pid": 1}, None])
+    def test_a_record_that_is_no_lease_is_not_gone_on_with(self, store: StageStore, owner: object) -> None:
+        write(lease_uri(store, 1), pack_record({"owner": owner, "taken_at": 0, "base": None, "finished": None}))
+        with pytest.raises(CheckpointCorrupt, match="not a lease"):
+            store.open_lease(1)
+
+    def test_a_save_that_is_tried_again_is_the_same_commit(self, store: StageStore, publish: Publish) -> None:
+        lease = take_lease(store)
+        first = publish(10, lease.fence)
+        assert publish(10, lease.fence) == first
+        store.collect_garbage(lease.fence, keep=2)
+        store.verify(first)
+
+    def test_other_files_for_a_committed_step_are_refused(
+        self, store: StageStore, publish: Publish, tmp_path: Path
+    ) -> None:
+        lease = take_lease(store)
+        publish(10, lease.fence)
+        with pytest.raises(Fenced, match="another process committed step 10 with fence 1"):
+            store.publish(
+                write_files(tmp_path / "other", {"model": b"other"}),
+                step=10,
+                fence=lease.fence,
+                kind=CheckpointKind.TRAINING,
+                parent=None,
+                info={},
+            )
+
+    def test_a_holder_whose_lease_rots_can_still_commit(self, store: StageStore, publish: Publish) -> None:
+        lease = take_lease(store)
+        overwrite(lease_uri(store, 1), flip_byte("last"))
+        assert store.find_newest() is None
+        checkpoint = publish(10, lease.fence)
+        assert store.find_newest() == checkpoint
+
+    def test_a_holder_that_is_fenced_by_an_unreadable_lease_is_told(self, store: StageStore) -> None:
+        lease = take_lease(store)
+        write(lease_uri(store, 2), b"torn")
+        with pytest.raises(Fenced, match="lease 2 was taken by somebody whose lease is unreadable"):
+            lease.check()
 
 
 class FencingContract(StageStoreContract):

@@ -9,6 +9,7 @@ from stage_store import (
     Publish,
     StageStoreContract,
     commit_uri,
+    do_first,
     remove,
     write,
 )
@@ -54,13 +55,7 @@ class PinContract(StageStoreContract):
         self, store: StageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         checkpoint = publish(10)
-        create = store._backend.create
-
-        def remove_first(name: str, body: bytes) -> None:
-            remove(commit_uri(store, 10))
-            create(name, body)
-
-        monkeypatch.setattr(store._backend, "create", remove_first)
+        do_first(monkeypatch, store, "create", lambda: remove(commit_uri(store, 10)))
         with pytest.raises(CheckpointNotFound, match="collected as garbage while it was being pinned"):
             store.pin("best", checkpoint)
         assert store.list_pins() == {}
@@ -71,6 +66,13 @@ class PinContract(StageStoreContract):
         store.pin("last", publish(10))
         with pytest.raises(CheckpointNotFound, match="Pins: last"):
             store.unpin("best")
+
+    def test_a_pin_that_vanishes_while_it_is_listed_is_left_out(
+        self, store: StageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.pin("best", publish(10))
+        do_first(monkeypatch, store, "read", lambda: store.unpin("best"), folder="pins/")
+        assert store.list_pins() == {}
 
     @pytest.mark.parametrize("body", [b"", pack_record({"data": "data/x"})])
     def test_a_damaged_pin_is_left_out_of_the_list_with_a_warning(

@@ -29,6 +29,7 @@ from stage_store import (
 
 from internvl_core.checkpoint.backend import open_backend
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.record import pack_record
 from internvl_core.checkpoint.store import (
     StageStore,
     check_store,
@@ -198,6 +199,26 @@ class StoreContract(StageStoreContract):
         assert store.find_newest() == older
         with pytest.raises(CheckpointCorrupt, match="not what its name says"):
             read_manifest(newer)
+
+    @pytest.mark.parametrize("content", [{}, {"data": "x", "manifest": "y", "kind": "training", "origin": {}}])
+    def test_a_record_that_is_no_commit_is_not_believed(
+        self, store: StageStore, publish: Publish, content: dict[str, object]
+    ) -> None:
+        older, newer = publish(10), publish(20)
+        overwrite(commit_uri(store, 20), lambda _: pack_record(content))
+        assert store.find_newest() == older
+        with pytest.raises(CheckpointCorrupt, match="not a commit record"):
+            read_manifest(newer)
+
+    def test_a_damaged_record_beside_the_right_one_is_in_nobodys_way(self, store: StageStore, publish: Publish) -> None:
+        publish(20)
+        final = publish(20, kind=CheckpointKind.FINAL)
+        overwrite(commit_uri(store, 20), flip_byte("last"))
+        assert resolve_checkpoint(final.uri) == final
+
+    def test_a_checkpoint_that_is_not_in_a_store_is_not_found(self, store: StageStore) -> None:
+        with pytest.raises(CheckpointNotFound, match="never committed"):
+            read_manifest(CheckpointRef(f"{store.uri}/elsewhere", "0" * 64))
 
     def test_a_digest_that_is_not_the_committed_one_is_refused(self, publish: Publish, tmp_path: Path) -> None:
         checkpoint = publish(10)

@@ -69,10 +69,10 @@ class FaultyFileSystem(MemoryFileSystem):
             raise OSError(errno.EIO, "Slow down")
         if kind == "short":
             value = value[:-1]
-        super().pipe_file(path, value[: len(value) // 2] if kind == "crash torn" else value, mode=mode)
+        super().pipe_file(path, value[: len(value) // 2] if kind.endswith("torn") else value, mode=mode)
         if kind in {"crash torn", "crash after"}:
             raise PowerCut
-        if kind == "answer lost":
+        if kind in {"answer lost", "answer lost, torn"}:
             raise TimeoutError("read timed out")
 
 
@@ -174,6 +174,13 @@ def test_a_lost_answer_to_a_creation_that_worked_is_no_failure(store: StageStore
     FaultyFileSystem.fault = Fault(at, "answer lost")
     checkpoint = publish(store, tmp_path, 10)
     assert store.find_newest() == checkpoint
+
+
+def test_a_manifest_that_another_is_in_the_way_of_is_not_committed(store: StageStore, tmp_path: Path) -> None:
+    FaultyFileSystem.fault = Fault(NUM_WRITES - 2, "answer lost, torn")
+    with pytest.raises(StoreUnavailable, match="MANIFEST: other bytes arrived than were sent"):
+        publish(store, tmp_path, 10)
+    assert store.find_newest() is None
 
 
 def test_a_store_that_recovers_at_once_is_tried_again(store: StageStore, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from stage_store import (
     OnSftp,
     Publish,
     StageStoreContract,
+    do_first,
     flip_byte,
     overwrite,
     remove,
@@ -48,14 +49,7 @@ class VerifyContract(StageStoreContract):
         lease = take_lease(store)
         checkpoint = publish(10)
         publish(20), publish(30)
-        run = getattr(store._backend, operation)
-
-        def collect_first(*arguments: object) -> object:
-            monkeypatch.undo()
-            store.collect_garbage(lease.fence, keep=2)
-            return run(*arguments)
-
-        monkeypatch.setattr(store._backend, operation, collect_first)
+        do_first(monkeypatch, store, operation, lambda: store.collect_garbage(lease.fence, keep=2))
         with pytest.raises(CheckpointNotFound, match="collected as garbage"):
             store.verify(checkpoint)
 
@@ -64,16 +58,12 @@ class VerifyContract(StageStoreContract):
     ) -> None:
         lease = take_lease(store)
         publish(10)
-        read = store._backend.read
 
-        def collect_first(name: str) -> bytes:
-            if name.startswith("commits/"):
-                monkeypatch.undo()
-                publish(20), publish(30)
-                store.collect_garbage(lease.fence, keep=2)
-            return read(name)
+        def overtake() -> None:
+            publish(20), publish(30)
+            store.collect_garbage(lease.fence, keep=2)
 
-        monkeypatch.setattr(store._backend, "read", collect_first)
+        do_first(monkeypatch, store, "read", overtake, folder="commits/")
         newest = store.find_newest()
         assert newest is not None
         assert newest.uri.rpartition("/")[2].startswith(f"{30:012d}")
