@@ -48,7 +48,7 @@ def collect_garbage(
     backend: Backend,
     fence: int,
     *,
-    keep: int,
+    keep: int | None,
     verified: set[str],
     in_progress: Collection[str] = (),
     is_rehearsal: bool = False,
@@ -58,7 +58,8 @@ def collect_garbage(
     Args:
         backend: opened at the stage's directory.
         fence: of the collector's lease.
-        keep: live commits that must verify before anything older goes.
+        keep: live commits that must verify before anything older goes; None: every commit stays, and only the data
+            that none names goes.
         verified: digests of checkpoints that this process has read through before, of which only the sizes are
             looked at; those read now are added.
         in_progress: folders of `data/` that this process is filling just now.
@@ -70,12 +71,14 @@ def collect_garbage(
     check_fence(backend, fence)
     report = GarbageReport()
     names = list_commit_names(backend)
-    counted = _count_verified(backend, keep, verified)
+    counted = [] if keep is None else _count_verified(backend, keep, verified)
     try:
         protected = _list_protected(backend, fence)
     except CheckpointCorrupt as error:
         report.refusal, protected = f"it is not known what is to be kept: {error}", {}
-    if len(counted) < keep:
+    if keep is None:
+        report.refusal = "all are to stay"
+    elif len(counted) < keep:
         report.refusal = f"only {len(counted)} of the {keep} checkpoints to be kept verify"
     doomed = _choose_doomed(backend, names, counted, protected, report)
     if is_rehearsal:
@@ -173,7 +176,7 @@ def _sweep_data(
 def _iter_unnamed(
     backend: Backend,
     fence: int,
-    protected: Collection[str],
+    protected: Collection[str | int],
     in_progress: Collection[str],
     *,
     without: Collection[CommitName] = (),

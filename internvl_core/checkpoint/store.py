@@ -177,7 +177,7 @@ class StageStore:
         verify(self._backend, checkpoint)
         self._verified.add(checkpoint.digest)
 
-    def collect_garbage(self, fence: int, *, keep: int, is_rehearsal: bool = False) -> GarbageReport:
+    def collect_garbage(self, fence: int, *, keep: int | None, is_rehearsal: bool = False) -> GarbageReport:
         """Remove what newer verified checkpoints supersede, and what crashed saves left; see `garbage`.
 
         What this object verified before is not read again, only its sizes are looked at.
@@ -185,14 +185,14 @@ class StageStore:
         Args:
             fence: of the lease of this process.
             keep: live checkpoints that must verify before any older one goes; final weights, pinned and
-                handed-over ones stay besides.
+                handed-over ones stay besides. None: all stay, and only what crashed saves left goes.
             is_rehearsal: only tell what would be removed by the holder of this lease, which need not be taken.
 
         Raises:
             ArgumentError: fewer than two are to be kept.
             Fenced: a later lease exists.
         """
-        if keep < MIN_KEPT:
+        if keep is not None and keep < MIN_KEPT:
             raise ArgumentError(f"keep: {keep} is too few, for the newest may rot. Keep at least {MIN_KEPT}.")
         return garbage.collect_garbage(
             self._backend,

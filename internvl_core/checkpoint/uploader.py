@@ -86,8 +86,7 @@ def _send(store: StageStore, record_path: Path, *, keep: int | None) -> Iterator
         yield COMMITTED, {"uri": checkpoint.uri, "digest": checkpoint.digest, "seconds": committed_s}
         store.verify(checkpoint)
         yield VERIFIED, {}
-        if keep is not None:
-            _collect_garbage(store, save.fence, keep)
+        _collect_garbage(store, save.fence, keep)
         yield DONE, {}
     except Exception as error:
         if not isinstance(error, CheckpointError):
@@ -95,7 +94,7 @@ def _send(store: StageStore, record_path: Path, *, keep: int | None) -> Iterator
         yield FAILED, _describe(error)
 
 
-def _collect_garbage(store: StageStore, fence: int, keep: int) -> None:
+def _collect_garbage(store: StageStore, fence: int, keep: int | None) -> None:
     try:
         report = store.collect_garbage(fence, keep=keep)
     except Fenced:

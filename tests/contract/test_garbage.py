@@ -57,6 +57,17 @@ class GarbageContract(StageStoreContract):
         assert fetch_steps(store, tmp_path) == [40, 30]
         assert len(list_saves(store)) == 2
 
+    def test_where_all_are_to_stay_only_what_crashed_saves_left_goes(
+        self, store: StageStore, lease: Lease, publish: Publish
+    ) -> None:
+        for step in (10, 20, 30, 40):
+            publish(step)
+        remove(commit_uri(store, 20, fence=lease.fence))
+        report = store.collect_garbage(lease.fence, keep=None)
+        assert (report.removed, [save[:12] for save in report.swept]) == ([], [f"{20:012d}"])
+        assert set(report.kept.values()) == {"all are to stay"}
+        assert list_steps(store) == [40, 30, 10]
+
     def test_nothing_goes_while_too_few_verify(
         self, store: StageStore, lease: Lease, publish: Publish, caplog: pytest.LogCaptureFixture
     ) -> None:
