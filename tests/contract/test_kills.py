@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from killed_writer import make_contents
 from stage_store import FINGERPRINT, list_objects, read_files
+from store_writer import STAGE, make_contents
 
 from internvl_core.checkpoint.store import StageStore, fetch
 
-WRITER = Path(__file__).parent / "killed_writer.py"
+WRITER = Path(__file__).parent / "store_writer.py"
 START_LIMIT_S = 120.0
 
 
@@ -45,12 +45,12 @@ def kill_writer(store_uri: str, chance: random.Random) -> list[int]:
 
 def check_kills(store_uri: str, tmp_path: Path, *, num_kills: int, seed: int) -> None:
     chance = random.Random(seed)
-    store = StageStore(store_uri, "stage", FINGERPRINT)
+    store = StageStore(store_uri, STAGE, FINGERPRINT)
     acknowledged: list[int] = []
     for number in range(num_kills):
         acknowledged += kill_writer(store_uri, chance)
         check_newest(store, acknowledged, tmp_path / str(number), f"kill {number}, --fault-seed={seed}")
-    subprocess.run([sys.executable, str(WRITER), store_uri, "2"], check=True)
+    subprocess.run([sys.executable, str(WRITER), store_uri, "--steps", "2"], check=True)
     print(f"{num_kills} kills, {len(acknowledged)} commits acknowledged")
     check_no_leak(store)
 
@@ -72,11 +72,23 @@ def check_no_leak(store: StageStore) -> None:
     assert not [name for name in objects if "/." in name and not name.startswith("lease/")]
 
 
+@pytest.mark.fault(
+    32,
+    "writers to files are killed at any time",
+    how="SIGKILL at drawn moments, 60 times",
+    then="nothing acknowledged is lost, nothing half-written is read, nothing leaks",
+)
 @pytest.mark.integration
 def test_a_few_kills_of_writers_to_files_lose_nothing(tmp_path: Path, sample_seed: int) -> None:
     check_kills(f"file://{tmp_path}/store", tmp_path, num_kills=6, seed=sample_seed)
 
 
+@pytest.mark.fault(
+    32,
+    "writers to S3 are killed at any time",
+    how="SIGKILL at drawn moments, 40 times",
+    then="nothing acknowledged is lost, nothing half-written is read, nothing leaks",
+)
 @pytest.mark.integration
 def test_a_few_kills_of_writers_to_s3_lose_nothing(s3_bucket_uri: str, tmp_path: Path, sample_seed: int) -> None:
     check_kills(s3_bucket_uri, tmp_path, num_kills=3, seed=sample_seed)

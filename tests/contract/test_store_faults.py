@@ -234,6 +234,12 @@ def test_a_store_that_overwrites_instead_of_creating_is_refused() -> None:
     assert open_backend("lying://runs").list_names("") == []
 
 
+@pytest.mark.fault(
+    47,
+    "a store looks whether a name is taken, and then writes",
+    how="eight creations at once, on a store in memory that does so",
+    then="the start-up probe refuses it",
+)
 @pytest.mark.usefixtures("store")
 def test_a_store_that_looks_and_then_writes_is_refused() -> None:
     with pytest.raises(StoreUnavailable, match="It lies: 8 of 8 racing writers"):

@@ -1,4 +1,4 @@
-"""A TCP proxy on this machine whose server can go away, come back, and be slow."""
+"""A TCP proxy on this machine whose server can go away, come back, be slow, lose answers and misunderstand."""
 
 import socket
 import threading
@@ -19,6 +19,10 @@ class TcpProxy:
         self._listener: socket.socket | None = None
         self.pause_s = 0.0
         """Before each chunk that a client sends."""
+        self.loses_answer_to: bytes | None = None
+        """The next request with this in it reaches the server, but its answer does not come back."""
+        self.replaces: tuple[bytes, bytes] | None = None
+        """In what a client sends; of the same length."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._address = free.getsockname()
 
@@ -57,15 +61,26 @@ class TcpProxy:
                 client, _ = listener.accept()
                 server = socket.create_connection(self._target)
                 self._connections += [client, server]
+                is_lost = threading.Event()
                 for source, target, is_request in ((client, server, True), (server, client, False)):
-                    threading.Thread(target=self._pump, args=(source, target, is_request), daemon=True).start()
+                    arguments = (source, target, is_request, is_lost)
+                    threading.Thread(target=self._pump, args=arguments, daemon=True).start()
 
-    def _pump(self, source: socket.socket, target: socket.socket, is_request: bool) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, is_request: bool, is_lost: threading.Event) -> None:
         with suppress(OSError):
             while chunk := source.recv(_CHUNK_BYTES):
                 if is_request:
                     time.sleep(self.pause_s)
+                    chunk = self._spoil(chunk, is_lost)
+                elif is_lost.is_set():
+                    break
                 target.sendall(chunk)
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _spoil(self, chunk: bytes, is_lost: threading.Event) -> bytes:
+        if self.loses_answer_to is not None and self.loses_answer_to in chunk:
+            self.loses_answer_to = None
+            is_lost.set()
+        return chunk if self.replaces is None else chunk.replace(*self.replaces)
