@@ -221,8 +221,8 @@ MUTANTS = [
     Mutant(
         "data that a damaged record may name is swept",
         "garbage",
-        "is_named = True  # Perhaps",
-        "is_named = False  # Perhaps",
+        "            continue  # Perhaps a record names it",
+        "            commit = None  # Perhaps a record names it",
         contract("garbage"),
     ),
     Mutant(
