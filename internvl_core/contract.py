@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from internvl_core.errors import InternVLError, find_error_class
+from internvl_core.errors import InternVLError, find_error_class, find_tree_class
 
 VERSION = 1
 STAGE_FILE = "stage.json"
@@ -165,7 +165,7 @@ class StageFailure(_AtomicFile):
         # Libraries write paragraphs; the whole of it is in the traceback.
         first_line = next(iter(str(error).splitlines()), "")
         return cls(
-            error=type(error).__name__ if known else InternVLError.__name__,
+            error=find_tree_class(type(error)).__name__,
             message=str(error) if known else f"{type(error).__name__}: {first_line}",
             rank=rank,
             step=error.step if isinstance(error, InternVLError) and step is None else step,

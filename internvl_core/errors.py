@@ -187,6 +187,14 @@ class NoProgress(StageError):
     exit_code = 93
 
 
+def find_tree_class(kind: type[BaseException]) -> type[InternVLError]:
+    """Find the class of this tree that an exception counts as: who reads its name does not know other modules' own."""
+    return next(
+        (base for base in kind.__mro__ if issubclass(base, InternVLError) and base.__module__ == __name__),
+        InternVLError,
+    )
+
+
 def find_error_class(name: str) -> type[InternVLError]:
     """Find the class that failure.json names; `InternVLError` for a name that is not in the tree."""
     todo: list[type[InternVLError]] = [InternVLError]

@@ -1,5 +1,6 @@
 """A stage's checkpoints as all its ranks see them: rank 0 deals with the store, the others wait for it."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from internvl_core.train.local_commits import LocalCommits
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.ranks import wait_together
-from internvl_core.train.resume import build_layout
+from internvl_core.train.resume import build_layout, fit_to_ranks
 from internvl_core.train.room import DiskRoom, estimate_checkpoint_bytes
 from internvl_core.train.sampler import StepSampler
 from internvl_core.train.supervisor_link import SupervisorLink
@@ -58,6 +59,7 @@ class StageCheckpoints:
         self._is_main = training.process_index == 0
         self._queue: CommitQueue | None = None
         self._resumed: Committed | None = None
+        self._converted: Path | None = None
         self._commits: StageCommits | LocalCommits
         kept: Any = {"layout": build_layout(training), "metrics": metrics, "cache_dir": self._cache_dir}
         if stage is None:
@@ -76,6 +78,7 @@ class StageCheckpoints:
 
         Raises:
             LeaseHeld: another run is at work.
+            ArgumentError, CheckpointCorrupt: these ranks cannot take the state of those that wrote it.
         """
         chosen = [self._commits.acquire() if self._is_main else None]
         if dist.is_initialized():
@@ -83,6 +86,10 @@ class StageCheckpoints:
         newest = chosen[0]
         if newest is not None and not self._is_main and not newest.path.is_dir():
             newest = replace(newest, path=fetch(newest.checkpoint, self._cache_dir))
+        if newest is not None and newest.kind is CheckpointKind.TRAINING:
+            path = fit_to_ranks(newest, training=self._training, cache_dir=self._cache_dir)
+            self._converted = path if path != newest.path else None
+            newest = replace(newest, path=path)
         self._resumed = newest
         return newest
 
@@ -164,6 +171,8 @@ class StageCheckpoints:
 
     def close(self) -> None:
         """Let go of the stage; of an output_dir the kernel does, with the process."""
+        if self._converted is not None and self._training.local_process_index == 0:
+            shutil.rmtree(self._converted, ignore_errors=True)
         if self._is_main and isinstance(self._commits, StageCommits):
             self._commits.close()
 

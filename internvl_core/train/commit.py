@@ -27,7 +27,7 @@ from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.errors import CheckpointCorrupt, CheckpointError
 from internvl_core.train.metrics import MetricsFile
-from internvl_core.train.resume import fetch_checked
+from internvl_core.train.resume import describe_resume, fetch_checked
 from internvl_core.train.upload import UploadLimits, Uploads
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Committed:
     kind: CheckpointKind
     step: int
     counters: dict[str, int]
-    world_size: int
-    """Ranks that wrote it."""
+    info: dict[str, Any]
+    """Of its manifest: what the run that wrote it said of itself."""
     size_bytes: int
     path: Path
 
@@ -58,7 +58,7 @@ class Committed:
             manifest.kind,
             manifest.step,
             manifest.info["counters"],
-            manifest.info["world_size"],
+            manifest.info,
             sum(entry.size_bytes for entry in manifest.files),
             path,
         )
@@ -123,6 +123,8 @@ class StageCommits:
             CheckpointCorrupt: there are some, and none verifies: nobody trains a stage anew without a word.
         """
         self._lease = self._store.acquire(Owner.of_this_process(self._stage.run_id), choose_base=self._choose)
+        if self._found is not None:
+            self._info |= describe_resume(self._found, self._info["versions"])
         self._uploads = Uploads(self._build_command(self._lease.fence), self._limits, on_verified=self._free)
         return self._found
 

@@ -26,7 +26,7 @@ from internvl_core.contract import METRICS_FILE, CheckpointRef, digest_json
 from internvl_core.errors import ArgumentError, CheckpointCorrupt
 from internvl_core.train.commit import LIBRARIES, Committed
 from internvl_core.train.metrics import MetricsFile
-from internvl_core.train.resume import fetch_checked
+from internvl_core.train.resume import describe_resume, fetch_checked, read_layout
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,16 @@ class LocalCommits:
         self._checkpoints.hold()
         listed = self._checkpoints.list_newest_first()
         self._fence = 1 + max((checkpoint.manifest.fence for checkpoint in listed), default=0)
+        found: Committed | None = None
         if self._told not in (None, LATEST):
-            return self._get_told(self._told)
-        if self._told is None and self._overwrites:
-            if listed:
-                logger.warning("overwrite_output_dir: training begins anew in spite of %s.", listed[0].path)
-            return None
-        return self._find_own()
+            found = self._get_told(self._told)
+        elif self._told == LATEST or not self._overwrites:
+            found = self._find_own()
+        elif listed:
+            logger.warning("overwrite_output_dir: training begins anew in spite of %s.", listed[0].path)
+        if found is not None:
+            self._info |= describe_resume(found, self._info["versions"])
+        return found
 
     def check(self) -> None:
         """Do nothing: what goes wrong is raised where it does."""
@@ -175,5 +178,5 @@ class LocalCommits:
         return Committed.describe(ref, manifest, path)
 
     def _check_files(self, checkpoint: LocalCheckpoint) -> None:
-        written = TrainingLayout.from_info(checkpoint.manifest.info) or self._layout
+        written = read_layout(checkpoint.manifest.info, self._layout)
         check_training_files(checkpoint.path, written, step=checkpoint.manifest.step)

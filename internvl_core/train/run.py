@@ -21,7 +21,7 @@ from internvl_core.data.encoding import Encoding
 from internvl_core.data.pixels import PixelRules
 from internvl_core.data.questions import QuestionEncoder
 from internvl_core.data.text_encoder import TextEncoder
-from internvl_core.errors import ArgumentError, Preempted
+from internvl_core.errors import Preempted
 from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.adapter_weights import is_adapter
 from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
@@ -40,6 +40,7 @@ from internvl_core.train.callbacks import (
 )
 from internvl_core.train.checkpoints import StageCheckpoints
 from internvl_core.train.commit import Committed
+from internvl_core.train.extension_locks import clear_left_locks
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter
@@ -79,6 +80,8 @@ class StageRun:
         self._base: BaseModel | None = None
         training = arguments.training
         _settle(arguments)
+        if training.deepspeed is not None:
+            clear_left_locks()
         training.prepare_for_launch()
         set_seed(training.seed)
         self._output_dir = Path(training.output_dir)
@@ -97,7 +100,7 @@ class StageRun:
             self._checkpoints.close()
 
     def _run(self) -> None:
-        newest = self._find_newest()
+        newest = self._checkpoints.acquire()
         self._leave_early()
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
@@ -139,20 +142,6 @@ class StageRun:
         training = self._arguments.training
         dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
         return choose_packed_attention(self._arguments.extension.packed_attention, training.device, dtype)
-
-    def _find_newest(self) -> Committed | None:
-        newest = self._checkpoints.acquire()
-        if newest is not None:
-            self._check_ranks(newest)
-        return newest
-
-    def _check_ranks(self, newest: Committed) -> None:
-        training = self._arguments.training
-        if training.deepspeed and newest.kind is CheckpointKind.TRAINING and newest.world_size != training.world_size:
-            raise ArgumentError(
-                f"{newest.checkpoint.uri}: written by {newest.world_size} ranks under DeepSpeed, whose optimizer state "
-                f"does not fit {training.world_size}. Resume on {newest.world_size} ranks, or train afresh (--fresh)."
-            )
 
     def _place(self, model: InternVLForTraining) -> InternVLForTraining:
         """Make a model that is not going to be trained ready to answer."""

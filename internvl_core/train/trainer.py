@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from internvl_core.data.collate import PackCollator
 from internvl_core.data.dataset import SupervisedDataset
@@ -196,6 +197,17 @@ class InternVLTrainer(Trainer):
             fill(self.model, open_whole(folder, folder).weights, source=resume_from_checkpoint)
         else:
             load_adapter_into(self.model, folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore this rank's random state; on another number of ranks all begin with one that the step decides.
+
+        Trainer (5.23) leaves a rank that has no file as it is, and gives the others those of ranks that did otherwise.
+        """
+        if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, self.args.process_index])
+        set_seed(int(seed.generate_state(1)[0]))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Give the folder that Trainer writes checkpoints below."""

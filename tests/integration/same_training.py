@@ -1,13 +1,17 @@
 """Whether two attempts of a stage trained the same, bit for bit."""
 
+import json
 from typing import Any
 
+from rank_faults import Fault
 from stage_runs import Attempt
 
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import read_manifest
 
 CURVES = ("loss", "loss_ema", "learning_rate", "grad_norm")
+NOTHING = Fault("skip", "on_step_end", step=1_000_000)
+"""Never happens; ranks that wait for a fault write down what they train on."""
 _WEIGHTS = (".safetensors",)
 _STATE = (".pt", ".pth", "data_position.json", "samples.json")
 
@@ -39,3 +43,13 @@ def read_digests(attempt: Attempt, kind: CheckpointKind, suffixes: tuple[str, ..
     return {
         entry.path: entry.sha256 for entry in read_manifest(newest.checkpoint).files if entry.path.endswith(suffixes)
     }
+
+
+def read_trained(attempt: Attempt) -> dict[int, list[str]]:
+    """Read which samples all ranks of a faulty attempt trained on, by step, sorted."""
+    trained: dict[int, list[str]] = {}
+    for path in attempt.directory.glob("trained-*.jsonl"):
+        for line in path.read_text().splitlines():
+            done, ids = json.loads(line)
+            trained.setdefault(done + 1, []).extend(ids)
+    return {step: sorted(ids) for step, ids in trained.items()}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from internvl_core import __version__
 from internvl_core.argument_rules import fingerprint_arguments, resolve_arguments
+from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import Commit, StageStore, fetch
 from internvl_core.contract import CheckpointRef, StageFailure, StageFile, StageResult
 from internvl_core.smoke.components import ComponentsSettings, generate_components
@@ -178,6 +179,12 @@ def check_equal_weights(found: Path, expected: Path) -> None:
     weights, expected_weights = load_file(found), load_file(expected)
     assert weights.keys() == expected_weights.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected_weights[name])] == []
+
+
+def find_training_commit(attempt: Attempt, step: int) -> Commit:
+    """Find the commit to resume from that a stage made at a step."""
+    (commit,) = (commit for commit in attempt.commits if (commit.step, commit.kind) == (step, CheckpointKind.TRAINING))
+    return commit
 
 
 def forget_commits(attempt: Attempt, store: Path, *, after_step: int) -> None:

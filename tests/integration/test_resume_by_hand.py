@@ -89,6 +89,12 @@ def test_its_checkpoints_are_whole_and_two_are_kept(undisturbed: Hand) -> None:
     assert (undisturbed.output_dir / WEIGHTS).is_file()
 
 
+@pytest.mark.fault(
+    68,
+    "a bit of the newest checkpoint of a run by hand flips at rest",
+    how="one bit of optimizer.pt",
+    then="found before it is loaded; the one before it is used, to the same weights",
+)
 def test_it_goes_on_from_the_newest_checkpoint_that_verifies(
     undisturbed: Hand, arguments: dict[str, Any], tmp_path: Path
 ) -> None:

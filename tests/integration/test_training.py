@@ -197,13 +197,16 @@ def test_deepspeed_resumes_to_the_same_weights(under_deepspeed: Attempt, tmp_pat
     assert [line["loss"] for line in resumed.curve] == [line["loss"] for line in under_deepspeed.curve]
 
 
-def test_deepspeed_resumes_on_as_many_ranks_as_saved_and_no_others(under_deepspeed: Attempt, tmp_path: Path) -> None:
+def test_deepspeed_resumes_on_another_number_of_ranks(under_deepspeed: Attempt, tmp_path: Path) -> None:
     forget_commits(under_deepspeed, tmp_path / "store", after_step=2)
     arguments = {**StageFile.get(under_deepspeed.directory).arguments, "gradient_accumulation_steps": 2}
     del arguments["output_dir"]
     alone = run(tmp_path / "2", arguments, num_ranks=1)
-    assert (alone.failure.error, alone.exit_code) == ("ArgumentError", 64)
-    assert "written by 2 ranks under DeepSpeed, whose optimizer state does not fit 1." in alone.failure.message
+    assert "Resuming from step 2" in alone.log
+    # In bf16, whose sums run in another order.
+    expected = [line["loss"] for line in under_deepspeed.curve]
+    assert [line["loss"] for line in alone.curve] == pytest.approx(expected, rel=0.01)
+    assert alone.result.counters == under_deepspeed.result.counters
 
 
 def test_ranks_and_accumulation_share_the_batch_without_changing_the_result(inputs: Inputs, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from internvl_core.contract import CheckpointRef, StageResult, write_json_atomically
+from internvl_core.contract import CheckpointRef, StageFailure, StageResult, write_json_atomically
+from internvl_core.errors import DataError
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -29,3 +30,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
 def test_the_first_step_counts_once() -> None:
     seconds = {"setup": 1.0, "train": 5.0, "first_step": 2.0, "evaluate": 0.5}
     assert StageResult(1, CheckpointRef("file:///a", "d"), {}, {}, seconds).total_s == 6.5
+
+
+def test_a_class_that_only_one_module_knows_is_told_as_the_class_of_the_tree_that_it_is() -> None:
+    class AnnotationMoved(DataError):
+        """Known here only."""
+
+    assert StageFailure.from_exception(AnnotationMoved("gone"), rank=0).error == "DataError"
+    assert StageFailure.from_exception(ValueError("gone"), rank=0).error == "InternVLError"

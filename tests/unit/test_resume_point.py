@@ -99,6 +99,12 @@ def test_other_arguments_are_refused_with_each_difference_and_without_the_flag_i
     assert plan(build_stage(meta_path, **changed)).fingerprint != plan(build_stage(meta_path)).fingerprint
 
 
+@pytest.mark.fault(
+    9,
+    "an annotation is rewritten before an explicit resume",
+    how="another line in it",
+    then="refused with its name (64)",
+)
 def test_other_data_and_another_parent_are_named(meta_path: Path, committed: CheckpointRef) -> None:
     (meta_path.parent / "a.jsonl").write_text('{"conversations": [1]}\n')
     with pytest.raises(ArgumentError) as caught:

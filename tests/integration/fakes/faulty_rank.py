@@ -5,6 +5,7 @@ Usage under torchrun: faulty_rank.py ENTRY FAULTS --key=value ... with FAULTS as
 
 import ctypes
 import importlib
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,21 @@ def hook_call(fault: Fault) -> None:
     setattr(owner, name, call)
 
 
+def record_samples() -> None:
+    """Write down which samples this rank trains on, a line a batch: the steps done before it, and their ids."""
+    from internvl_core.train.ledger import SampleLedger
+
+    original = SampleLedger.record
+    path = find_attempt_dir() / f"trained-{RANK}.jsonl"
+
+    def record(self: Any, sample_ids: Any, bad_samples: Any, *, step: int) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps([step, list(sample_ids)]) + "\n")
+        original(self, sample_ids, bad_samples, step=step)
+
+    SampleLedger.record = record
+
+
 def hook_events(faults: list[Fault]) -> None:
     from transformers import TrainerCallback
 
@@ -115,6 +131,7 @@ def main() -> None:
 
     from internvl_core.train.entry import main
 
+    record_samples()
     for fault in mine:
         if ":" in fault.at:
             hook_call(fault)
