@@ -23,6 +23,7 @@ from stage_store import (
     choose_newest,
     choose_nothing,
     commit_uri,
+    do_first,
     flip_byte,
     list_objects,
     make_owner,
@@ -190,7 +191,11 @@ class LeaseContract(StageStoreContract):
         lease = store.acquire(make_owner(), choose_base=choose_nothing)
         lease.beat(step=1, phase="training")
 
+        num_choices = iter(range(3))
+
         def wake(commits: Iterable[Commit]) -> None:
+            # A taker that never sees it would choose for ever.
+            next(num_choices)
             lease.beat(step=1, phase="training")
 
         with pytest.raises(LeaseHeld):
@@ -298,6 +303,23 @@ class FencingContract(StageStoreContract):
         assert store.find_newest() == own
         # Whoever names it by its own address means it.
         assert resolve_checkpoint(zombie.uri) == zombie
+
+    def test_a_zombie_that_collects_while_it_is_fenced_leaves_the_new_holder_its_base(
+        self, store: StageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = take_lease(store)
+        base = publish(10, first.fence)
+
+        def wake() -> None:
+            publish(20, first.fence), publish(30, first.fence)
+            store.collect_garbage(first.fence, keep=2)
+
+        do_first(monkeypatch, store, "create", wake, folder="lease/000002.json")
+        second = take_lease(store)
+        assert second.base is not None
+        assert second.base.checkpoint == base
+        assert store.find_newest() == base
+        store.verify(base)
 
     def test_a_zombie_cannot_reach_behind_the_base_of_a_later_lease(self, store: StageStore, publish: Publish) -> None:
         first = take_lease(store)

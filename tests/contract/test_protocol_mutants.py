@@ -132,6 +132,13 @@ MUTANTS = [
         contract("leases"),
     ),
     Mutant(
+        "a taker does not pin its base",
+        "acquisition",
+        "pinned = pin_base(backend, fence, base.checkpoint) if base else None",
+        "pinned = None",
+        contract("leases"),
+    ),
+    Mutant(
         "a torn lease fences as if it started afresh",
         "lineage",
         "        if record:\n            origins[fence]",
