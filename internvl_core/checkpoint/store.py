@@ -102,7 +102,7 @@ class StageStore:
         return open_lease(self._backend, fence)
 
     def next_fence(self) -> int:
-        """Number a new attempt that has no lease: one more than any that has committed."""
+        """Tell the number that the next lease would have, without taking it."""
         fences = [*list_fences(self._backend), *(name.fence for name in list_commit_names(self._backend))]
         return 1 + max(fences, default=0)
 

@@ -374,8 +374,10 @@ class FencingContract(StageStoreContract):
         publish(30, 2)
         publish(20, 4)
         assert [commit.step for commit in store.list_committed()] == [30, 20, 10]
+        assert store.next_fence() == 5
         lease = take_lease(store)
         assert lease.fence == 5
+        assert store.next_fence() == 6
         assert lease.base is not None
         assert lease.base.step == 30
 

@@ -76,7 +76,6 @@ class StoreContract(StageStoreContract):
         assert store.find_newest() is None
         assert store.find_handover() is None
         assert store.list_committed() == []
-        assert store.next_fence() == 1
 
     def test_the_newest_is_the_highest_step_then_the_highest_fence(self, store: StageStore, publish: Publish) -> None:
         publish(20)
@@ -93,11 +92,6 @@ class StoreContract(StageStoreContract):
         assert store.find_newest() == final
         assert store.find_newest(CheckpointKind.TRAINING) == training
         assert store.find_newest(CheckpointKind.FINAL) == final
-
-    def test_a_fence_is_one_more_than_any_that_committed(self, store: StageStore, publish: Publish) -> None:
-        publish(20, fence=1)
-        publish(10, fence=4)
-        assert store.next_fence() == 5
 
     def test_stages_and_fingerprints_do_not_see_each_other(self, store_uri: str, publish: Publish) -> None:
         publish(20)
