@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from internvl_core.checkpoint.faults import SyncFailed
 from internvl_core.checkpoint.local_backend import LocalBackend
 from internvl_core.checkpoint.manifest import FileEntry
 from internvl_core.checkpoint.remote_backend import RemoteBackend
@@ -106,6 +107,9 @@ def create_once(backend: Backend, name: str, body: bytes) -> bool:
         try:
             return _create(backend, name, body)
         except StoreUnavailable as error:
+            if isinstance(error.__cause__, SyncFailed):
+                # The name may be there, and read back as ours, and yet not be on the disk.
+                raise
             logger.warning("%s Trying again.", error)
     return _create(backend, name, body)
 

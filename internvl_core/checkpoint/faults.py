@@ -1,6 +1,7 @@
 """What operating systems and cloud SDKs raise, said in the words of the error tree."""
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,22 @@ _FULL_ERRORS = {"SFTPNoSpaceOnFilesystem", "SFTPQuotaExceeded"}
 _SECRETS = re.compile(
     r"(?<=://)[^/@\s]+(?=@)|(?<=[?&])[\w-]*(?:sig|signature|token|key|credential)[\w-]*=[^&\s'\"]+", re.IGNORECASE
 )
+
+
+class SyncFailed(OSError):
+    """The disk did not keep what was written. To ask again is no use: the kernel has forgotten what was lost."""
+
+
+def sync_file(descriptor: int) -> None:
+    """Wait until a file or a folder is on the disk.
+
+    Raises:
+        SyncFailed: it is not.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from internvl_core.checkpoint.backend import Backend
 from internvl_core.checkpoint.commits import DATA_FOLDER, open_checkpoint, read_manifest
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.local_backend import LocalBackend
-from internvl_core.checkpoint.manifest import Manifest, check_entries, check_files, check_size
+from internvl_core.checkpoint.manifest import Manifest, check_entries, check_files, check_size, read_twice
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError, CheckpointCorrupt, CheckpointNotFound
 
@@ -161,7 +161,7 @@ def _download(backend: Backend, folder: str, manifest: Manifest, directory: Path
         # Before the transfer: one truncated shard must not cost the download of all the others.
         check_size(sizes_bytes.get(entry.path), entry, where=uri)
     try:
-        found = backend.download(folder, [entry.path for entry in manifest.files], directory)
+        found = read_twice(lambda paths: backend.download(folder, paths, directory), manifest.files, where=uri)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{uri}: a file vanished while it was downloaded: {error}.") from error
     check_entries(found, manifest.files, where=uri)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from internvl_core.checkpoint.faults import translated
+from internvl_core.checkpoint.faults import sync_file, translated
 from internvl_core.checkpoint.manifest import HASH_WORKERS, FileEntry, describe_file
 from internvl_core.checkpoint.uri import FILE_PREFIX
 
@@ -118,7 +118,7 @@ def _write(path: Path, body: bytes, publish: Callable[[Path, Path], None]) -> No
         with temporary.open("xb") as file:
             file.write(body)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -152,6 +152,6 @@ def _make_folder(folder: Path) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)

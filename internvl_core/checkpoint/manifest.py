@@ -6,8 +6,11 @@ checkpoint before `check_files` has compared the whole directory with it.
 
 import enum
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -17,8 +20,12 @@ from internvl_core.checkpoint.record import pack_record, unpack_record
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointError
 
+logger = logging.getLogger(__name__)
+
 VERSION = 1
 MANIFEST_FILE = "MANIFEST"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 BLOCK_BYTES = 4 << 20
 # sha256 releases the GIL; one core hashes 1.0-1.6 GB/s, about what one fast disk delivers per thread.
@@ -85,9 +92,8 @@ class Manifest:
                 files=files,
                 **content,
             )
-            for entry in files:
-                _check_path(entry.path, where=where)
-        except (KeyError, TypeError, ValueError) as error:
+            _check_named_files(files, where=where)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where}: not a manifest: {error}.") from error
         return manifest
 
@@ -99,12 +105,14 @@ def list_files(directory: Path) -> list[str]:
 
     Raises:
         CheckpointError: a link leaves the directory or leads to another one, an entry is neither file nor
-            directory, or the name of the manifest is taken.
+            directory, two names differ only in case, or the name of the manifest is taken.
     """
     root = directory.resolve()
     paths = sorted(_iter_paths(root))
     if MANIFEST_FILE in paths:
         raise CheckpointError(f"{directory}: contains {MANIFEST_FILE}, a name that the store needs. Remove it.")
+    if twin := find_twin(paths):
+        raise CheckpointError(f"{directory}: {twin} is there twice but for case, which not every file system can hold.")
     return paths
 
 
@@ -131,6 +139,24 @@ def check_files(directory: Path, files: Iterable[FileEntry]) -> None:
         raise CheckpointCorrupt(f"{directory / min(unknown)}: not named by the manifest of its checkpoint.")
     with ThreadPoolExecutor(HASH_WORKERS) as pool:
         check_entries(pool.map(lambda entry: describe_file(root, entry.path), entries), entries, where=str(directory))
+
+
+def read_twice(
+    read: Callable[[list[str]], list[FileEntry]], expected: Sequence[FileEntry], *, where: str
+) -> list[FileEntry]:
+    """Read files, and those that are not what they should be once more: what a network damaged is whole then.
+
+    Args:
+        read: reads files by their paths and says what was found.
+        expected: what the manifest says of them.
+        where: of the files, for the log.
+    """
+    found = {entry.path: entry for entry in read([entry.path for entry in expected])}
+    wrong = [entry.path for entry in expected if found[entry.path] != entry]
+    if wrong:
+        logger.warning("%s: reading %s again, which did not arrive as the manifest says.", where, ", ".join(wrong))
+        found |= {entry.path: entry for entry in read(wrong)}
+    return [found[entry.path] for entry in expected]
 
 
 def check_entries(found: Iterable[FileEntry], expected: Iterable[FileEntry], *, where: str) -> None:
@@ -169,6 +195,28 @@ def _iter_paths(root: Path) -> Iterator[str]:
                 raise CheckpointError(f"{path}: neither a file nor a directory.")
         for name in names:
             yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _check_named_files(files: Sequence[FileEntry], *, where: str) -> None:
+    """Refuse files that no directory of any file system could hold, before a byte of them is asked for."""
+    for entry in files:
+        _check_path(entry.path, where=where)
+        # bool is an int to Python.
+        if type(entry.size_bytes) is not int or not 0 <= entry.size_bytes < 2**63:
+            raise CheckpointCorrupt(f"{where}: {entry.path} has {entry.size_bytes!r} bytes, which no file has.")
+        if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+            raise CheckpointCorrupt(f"{where}: {entry.path} has the sha256 {entry.sha256!r}, which is none.")
+    folders = {str(parent) for entry in files for parent in PurePosixPath(entry.path).parents}
+    for entry in files:
+        if entry.path in folders or entry.path == MANIFEST_FILE:
+            raise CheckpointCorrupt(f"{where}: names {entry.path} as a file, which cannot be one.")
+    if twin := find_twin(entry.path for entry in files):
+        raise CheckpointCorrupt(f"{where}: names {twin} twice, at least for file systems that ignore case.")
+
+
+def find_twin(paths: Iterable[str]) -> str | None:
+    """Find a path that is another one's as well where case does not count, in lower case."""
+    return next((path for path, count in Counter(path.casefold() for path in paths).items() if count > 1), None)
 
 
 def _check_path(path: str, *, where: str) -> None:

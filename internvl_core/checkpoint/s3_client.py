@@ -28,7 +28,14 @@ def open_client() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _build_client(_process: int, _variables: tuple[tuple[str, str], ...], _files: tuple[int, ...]) -> Any:
-    return Session().create_client("s3", config=Config(max_pool_connections=_MAX_CONNECTIONS, **S3_CONFIG))
+    config = Config(
+        max_pool_connections=_MAX_CONNECTIONS,
+        # What arrives is judged by our own digests: to botocore a rotten object is an error like an outage, for which
+        # nobody would go back to an older checkpoint.
+        response_checksum_validation="when_required",
+        **S3_CONFIG,
+    )
+    return Session().create_client("s3", config=config)
 
 
 def _tell_version(path: str) -> int:

@@ -2,7 +2,7 @@
 
 from internvl_core.checkpoint.backend import Backend
 from internvl_core.checkpoint.commits import DATA_FOLDER, find_commit, get_save, read_manifest_in
-from internvl_core.checkpoint.manifest import MANIFEST_FILE, Manifest, check_entries, check_size
+from internvl_core.checkpoint.manifest import MANIFEST_FILE, Manifest, check_entries, check_size, read_twice
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
 
@@ -21,7 +21,7 @@ def verify(backend: Backend, checkpoint: CheckpointRef) -> None:
     manifest = verify_sizes(backend, checkpoint)
     folder = f"{DATA_FOLDER}/{get_save(backend, checkpoint)}"
     try:
-        found = backend.describe(folder, [entry.path for entry in manifest.files])
+        found = read_twice(lambda paths: backend.describe(folder, paths), manifest.files, where=checkpoint.uri)
     except FileNotFoundError as error:
         raise _missing(backend, checkpoint, str(error)) from error
     check_entries(found, manifest.files, where=checkpoint.uri)

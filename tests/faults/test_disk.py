@@ -1,12 +1,11 @@
 """A local disk without room: what the trainer makes of it. Needs root, for a small disk to fill."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import mounted
 from stage_runs import Inputs, make_inputs, run
 from step_faults import run_faulty
 
@@ -22,16 +21,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a small disk."""
-    if os.geteuid() != 0:
-        pytest.skip("NOT TESTED: a full disk needs root, to mount a small tmpfs")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"NOT TESTED: a full disk needs a small tmpfs: {mounted.stderr}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "disk", f"size={DISK_MIB}m") as folder:
+        yield folder
 
 
 @pytest.mark.integration

@@ -32,9 +32,16 @@ PARTS = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=8)
 FILE_ENTRIES = st.builds(
     FileEntry,
     path=st.lists(PARTS, min_size=1, max_size=3).map("/".join),
-    size_bytes=st.integers(min_value=0),
+    size_bytes=st.integers(min_value=0, max_value=2**63 - 1),
     sha256=DIGESTS,
 )
+
+
+def is_tree(entries: list[FileEntry]) -> bool:
+    """Tell whether no file is another one's folder."""
+    return not any(other.path.startswith(f"{entry.path}/") for entry in entries for other in entries)
+
+
 MANIFESTS = st.builds(
     Manifest,
     stage=st.text(),
@@ -44,7 +51,7 @@ MANIFESTS = st.builds(
     kind=st.sampled_from(CheckpointKind),
     parent=st.none() | st.builds(CheckpointRef, uri=st.text(), digest=DIGESTS),
     info=st.dictionaries(st.text(), JSON_VALUES, max_size=3),
-    files=st.lists(FILE_ENTRIES, max_size=3).map(tuple),
+    files=st.lists(FILE_ENTRIES, max_size=3, unique_by=lambda entry: entry.path.casefold()).filter(is_tree).map(tuple),
 )
 MANIFEST = Manifest(
     stage="stage2",
@@ -109,6 +116,41 @@ def test_a_whole_record_that_is_no_manifest_of_ours_is_refused(change: dict[str,
     content = json.loads(MANIFEST.to_bytes().split(b"\n", 1)[1])
     with pytest.raises(CheckpointCorrupt, match="here"):
         Manifest.from_bytes(pack_record({**content, **change}), where="here")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([{"path": "a", "size_bytes": 2**63}], "a has 9223372036854775808 bytes, which no file has"),
+        ([{"path": "a", "size_bytes": -1}], "a has -1 bytes"),
+        ([{"path": "a", "size_bytes": True}], "a has True bytes"),
+        ([{"path": "a", "size_bytes": 1.5}], "a has 1.5 bytes"),
+        ([{"path": "a", "size_bytes": "3"}], "a has '3' bytes"),
+        ([{"path": "a", "sha256": "AB" * 32}], "which is none"),
+        ([{"path": "a", "sha256": None}], "which is none"),
+        ([{"path": "Model.bin"}, {"path": "model.BIN"}], r"names model\.bin twice"),
+        ([{"path": "a"}, {"path": "a"}], "names a twice"),
+        ([{"path": "a"}, {"path": "a/b"}], "names a as a file"),
+        ([{"path": "MANIFEST"}], "names MANIFEST as a file"),
+        ([{"path": 7}], "not a manifest"),
+        ([7], "not a manifest"),
+        (7, "not a manifest"),
+    ],
+)
+def test_a_manifest_of_files_that_cannot_be_is_refused(files: Any, message: str) -> None:
+    content = json.loads(MANIFEST.to_bytes().split(b"\n", 1)[1])
+    whole = {"size_bytes": 3, "sha256": "ab" * 32}
+    if isinstance(files, list):
+        files = [{**whole, **entry} if isinstance(entry, dict) else entry for entry in files]
+    with pytest.raises(CheckpointCorrupt, match=message):
+        Manifest.from_bytes(pack_record({**content, "files": files}), where="here")
+
+
+def test_a_directory_that_not_every_file_system_can_hold_is_not_published(tmp_path: Path) -> None:
+    for name in ("model.bin", "Model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.bin is there twice but for case"):
+        list_files(tmp_path)
 
 
 @pytest.fixture
