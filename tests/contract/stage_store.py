@@ -205,3 +205,7 @@ def flip_byte(position: str) -> Callable[[bytes], bytes]:
 
 def commit_uri(store: StageStore, step: int, *, kind: str = "training", fence: int = 1) -> str:
     return f"{store.uri}/commits/{step:012d}.{fence:06d}.{kind}.json"
+
+
+def lease_uri(store: StageStore, fence: int) -> str:
+    return f"{store.uri}/lease/{fence:06d}.json"

@@ -273,6 +273,15 @@ class GarbageContract(StageStoreContract):
         do_first(monkeypatch, store, "read", lambda: remove(f"{store.uri}/{protection}"), folder=folder)
         assert [name.step for name in store.collect_garbage(lease.fence, keep=2).removed] == [10]
 
+    def test_a_rehearsal_tells_and_removes_nothing(self, store: StageStore, lease: Lease, publish: Publish) -> None:
+        for step in (10, 20, 30):
+            publish(step)
+        write(f"{store.uri}/data/000000000011.000001.0123abcd/model.safetensors", b"half")
+        before = list_objects(store)
+        rehearsed = store.collect_garbage(store.next_fence(), keep=2, is_rehearsal=True)
+        assert list_objects(store) == before
+        assert store.collect_garbage(lease.fence, keep=2) == rehearsed
+
     def test_one_is_too_few_to_keep(self, store: StageStore, lease: Lease) -> None:
         with pytest.raises(ArgumentError, match="Keep at least 2"):
             store.collect_garbage(lease.fence, keep=1)

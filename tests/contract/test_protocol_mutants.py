@@ -136,7 +136,7 @@ MUTANTS = [
         "acquisition",
         "pinned = pin_base(backend, fence, base.checkpoint) if base else None",
         "pinned = None",
-        contract("leases"),
+        contract("fencing"),
     ),
     Mutant(
         "a torn lease fences as if it started afresh",
@@ -155,14 +155,14 @@ MUTANTS = [
         "lineage",
         "base.age >= name.age",
         "base.age[0] >= name.age[0]",
-        contract("leases"),
+        contract("fencing"),
     ),
     Mutant(
         "a handover of a zombie counts",
         "lineage",
         "return all(finished and",
         "return True or all(finished and",
-        contract("leases"),
+        contract("fencing"),
     ),
     Mutant(
         "a handover counts though its checkpoint is history",
@@ -237,7 +237,7 @@ MUTANTS = [
         "publication",
         "    check_fence(backend, manifest.fence)\n",
         "",
-        contract("leases"),
+        contract("fencing"),
     ),
     Mutant(
         "a holder is judged by the clock on the wall",
@@ -291,7 +291,7 @@ def run_check(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("check", [MODEL, contract("leases", "garbage", "verify", "handover")])
+@pytest.mark.parametrize("check", [MODEL, contract("leases", "fencing", "garbage", "verify", "handover")])
 def test_the_code_as_it_is_passes_the_checks(check: tuple[str, ...], tmp_path: Path) -> None:
     found = run_check(Mutant("nothing is changed", "verify", "\n", "\n", check), tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -234,6 +234,34 @@ def test_a_store_that_overwrites_instead_of_creating_is_refused() -> None:
     assert open_backend("lying://runs").list_names("") == []
 
 
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("operation", "answer", "message"),
+    [
+        ("cat_file", b"something else", "What was written is not what is read"),
+        ("ls", [], "What was written is not listed"),
+    ],
+)
+def test_a_store_that_does_not_show_what_was_written_is_refused(
+    monkeypatch: pytest.MonkeyPatch, operation: str, answer: Any, message: str
+) -> None:
+    monkeypatch.setattr(FaultyFileSystem, operation, lambda *_, **__: answer)
+    with pytest.raises(StoreUnavailable, match=message):
+        check_store("faulty://runs")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_probe_that_cannot_be_removed_is_told_and_no_reason_to_refuse(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Any, path: str) -> None:
+        raise OSError(errno.EIO, "Slow down")
+
+    monkeypatch.setattr(FaultyFileSystem, "rm_file", refuse)
+    check_store("faulty://runs")
+    assert "could not be removed" in caplog.text
+
+
 @pytest.mark.fault(
     47,
     "a store looks whether a name is taken, and then writes",
