@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 from internvl_core.checkpoint.manifest import FileEntry
 
 PART_BYTES = 8 << 20
-SLOTS = 12
+SLOTS = 10
 _MAX_PARTS = 10_000  # of a file on S3
 
 

@@ -85,7 +85,7 @@ class S3Backend:
 
     def download(self, folder: str, paths: Sequence[str], directory: Path) -> list[FileEntry]:
         def download_file(path: str) -> FileEntry:
-            with (directory / path).open("wb", buffering=0) as file:
+            with (directory / path).open("wb") as file:
                 return self._read_file(pool, _join(folder, path), path, file.write)
 
         with translated(f"Downloading {self.uri}/{folder} to {directory}", answers=(FileNotFoundError,)):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small_disk import mounted
 
+from internvl_core.checkpoint.fetch import copy_checkpoint
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore, check_store
 from internvl_core.contract import CheckpointRef
@@ -82,6 +83,24 @@ def test_a_store_without_inodes_keeps_what_it_has(tmp_path: Path) -> None:
             publish(store, tmp_path / "20", 20, num_files=40)
         assert store.find_newest() == older
         store.verify(older)
+
+
+@pytest.mark.fault(
+    51, "the disk fills up in a download", how="tmpfs of 1 MiB", then="74; nothing half is left, and with room it works"
+)
+@pytest.mark.parametrize("protocol", ["file", pytest.param("s3", marks=pytest.mark.integration)])
+def test_a_download_that_does_not_fit_leaves_nothing(
+    protocol: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    store_uri = f"file://{tmp_path}/runs" if protocol == "file" else request.getfixturevalue("s3_bucket_uri")
+    store = StageStore(store_uri, "stage2", FINGERPRINT)
+    checkpoint = publish(store, tmp_path / "local", 10, num_bytes=(1 << 20) + 1, num_files=2)
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        with pytest.raises(DiskFull, match="No space left on device"):
+            copy_checkpoint(checkpoint, disk / "fetched")
+        assert list(disk.iterdir()) == []
+    copy_checkpoint(checkpoint, tmp_path / "fetched")
+    assert len(list((tmp_path / "fetched").iterdir())) == 2
 
 
 @pytest.mark.fault(
