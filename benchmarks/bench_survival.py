@@ -96,7 +96,7 @@ class Stage:
         return launch_command(command, directory, get_limits(stage))
 
     def take_over(self) -> None:
-        publish_unsent(self._folder / "attempts", self.store)
+        publish_unsent(self._folder / "attempts", self.store, cache_dir=self._folder / "cache")
 
 
 def run_stall(inputs: Path, side: str, num_steps: int) -> dict[str, float]:

@@ -103,8 +103,9 @@ def gc(
 ) -> None:
     """Remove checkpoints that newer, verified ones supersede, and what crashes left; refused while a run lives."""
     from flows.checkpoint_tables import iter_garbage_lines
+    from internvl_core.checkpoint.garbage import MIN_KEPT
     from internvl_core.checkpoint.inventory import open_stage
-    from internvl_core.checkpoint.store import MIN_KEPT, Owner
+    from internvl_core.checkpoint.store import Owner
 
     if keep < MIN_KEPT:
         raise ArgumentError(f"--keep {keep}: too few, for the newest may rot. Keep at least {MIN_KEPT}.")

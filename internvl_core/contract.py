@@ -186,7 +186,9 @@ class StageFailure(_AtomicFile):
         return True
 
     def to_exception(self) -> InternVLError:
-        return find_error_class(self.error)(self.message)
+        error = find_error_class(self.error)(self.message)
+        error.step, error.sample_ids = self.step, list(self.sample_ids)
+        return error
 
 
 def write_json_atomically(path: Path, content: Mapping[str, Any]) -> None:

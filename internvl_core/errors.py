@@ -204,3 +204,14 @@ def find_error_class(name: str) -> type[InternVLError]:
             return candidate
         todo.extend(candidate.__subclasses__())
     return InternVLError
+
+
+def find_error_class_of_code(exit_code: int) -> type[InternVLError] | None:
+    """Find the class whose exit code it is, the first in the tree; None where it is nobody's, or every fault's."""
+    todo = InternVLError.__subclasses__()
+    while todo:
+        candidate = todo.pop(0)
+        if candidate.exit_code == exit_code != InternVLError.exit_code:
+            return candidate
+        todo.extend(candidate.__subclasses__())
+    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from internvl_core.contract import FAILURE_FILE, LOG_FILE, RESULT_FILE, StageFailure
-from internvl_core.errors import InternVLError, OutOfMemory, Preempted, Stalled, WorkerLost
+from internvl_core.errors import InternVLError, OutOfMemory, Preempted, Stalled, WorkerLost, find_error_class_of_code
 from internvl_core.progress import Phase
 from internvl_core.watchdog import Stall
 
@@ -71,7 +71,9 @@ def explain_exit(
     said = _find_exception(attempt_dir / TORCHELASTIC_FILE)
     cause = f" ({said})" if said else ""
     at = "" if step is None else f" after step {step}"
-    return _describe(WorkerLost, f"No {FAILURE_FILE} was left: {death}{at}{cause}. {where}", death.rank, log, step)
+    # A full disk takes failure.json, and the rank's own exit code still tells the class.
+    error = find_error_class_of_code(death.exit_code) or WorkerLost
+    return _describe(error, f"No {FAILURE_FILE} was left: {death}{at}{cause}. {where}", death.rank, log, step)
 
 
 def explain_stop(
@@ -119,7 +121,9 @@ def explain_stall(attempt_dir: Path, stall: Stall, stacks: str) -> StageFailure:
 
 def name_memory(failure: StageFailure, cgroup: str) -> StageFailure:
     """Make a lost process out of memory, where the kernel has counted a kill for want of it."""
-    if failure.error != WorkerLost.__name__:
+    # Another process of the same cgroup may have been killed, days ago: only a death of that kind is explained by it.
+    is_of_that_kind = _POSSIBLY in failure.message or "worker of the data loader" in failure.message
+    if failure.error != WorkerLost.__name__ or not is_of_that_kind:
         return failure
     cause = f"by the kernel because the memory of {cgroup} ran out"
     told = failure.message.replace(_POSSIBLY, cause)

@@ -112,8 +112,9 @@ class Watchdog:
         floor_s = self._limits.stall_s
         if phase in (Phase.SAVE, Phase.FINISH):
             floor_s = max(floor_s, self._limits.save_s)
-        # The pauses of a setup say nothing about the steps after it.
-        return max(floor_s, _TIMES_LONGEST * self._longest.get(phase, 0.0))
+        # The pauses of a setup say nothing about the steps after it, nor does a rank that is late with its first.
+        longest_s = 0.0 if phase is Phase.SETUP else self._longest.get(phase, 0.0)
+        return max(floor_s, _TIMES_LONGEST * longest_s)
 
     def _describe(self, phase: Phase, seconds: float, limit_s: float) -> Stall | None:
         if seconds <= limit_s:

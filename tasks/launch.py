@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from internvl_core.argument_rules import resolve_arguments
 from internvl_core.contract import LOG_FILE, METRICS_FILE, STATE_FILE, StageFailure, StageFile, StageResult
-from internvl_core.errors import ArgumentError, InternVLError, LeaseHeld, WorkerLost, find_error_class
+from internvl_core.errors import ArgumentError, InternVLError, WorkerLost, find_error_class, find_error_class_of_code
 from internvl_core.watchdog import Limits
 
 logger = logging.getLogger(__name__)
@@ -256,8 +256,9 @@ class RunningStage:
             name = signal.Signals(-exit_code).name
             return WorkerLost(f"The supervisor itself was killed by {name}, its ranks left with it. Log: {path}")
         last_line = path.read_text(errors="replace").rstrip().rpartition("\n")[2]
-        refusals = {error.exit_code: error for error in (ArgumentError, LeaseHeld)}
-        return refusals.get(exit_code, InternVLError)(f"The supervisor ended with {exit_code}: {last_line} Log: {path}")
+        # Refusals, and outcomes for whose failure.json a full disk had no room.
+        kind = find_error_class_of_code(exit_code) or InternVLError
+        return kind(f"The supervisor ended with {exit_code}: {last_line} Log: {path}")
 
 
 def read_step(attempt_dir: Path) -> int | None:

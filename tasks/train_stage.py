@@ -100,8 +100,14 @@ def _bring_to_handover(
             # Another run may have finished it since.
             handover = None if is_fresh else store.find_handover()
             if handover is None:
-                # What a run that is gone could not send any more.
-                publish_unsent(attempts_dir, store)
+                # What a run that is gone could not send any more: the lease of the next attempt would not know it.
+                publish_unsent(
+                    attempts_dir,
+                    store,
+                    cache_dir=get_cache_dir(workspace),
+                    run_id=run_id if is_fresh else None,
+                    must_send=True,
+                )
                 attempt_dir = _make_attempt_dir(attempts_dir)
                 stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
@@ -193,7 +199,8 @@ def _try(stage_file: StageFile, attempt_dir: Path, lock: int, store: StageStore,
         return _run_attempt(stage_file, attempt_dir, lock)
     except InternVLError as error:
         # Now, for the next try may be on another machine.
-        publish_unsent(attempt_dir.parent, store)
+        cache_dir = Path(stage_file.arguments["cache_dir"])
+        publish_unsent(attempt_dir.parent, store, cache_dir=cache_dir, run_id=stage_file.run_id)
         if not error.is_retryable:
             raise
         told = tries.note(error, reached=read_step(attempt_dir), committed=_find_committed_step(store))

@@ -29,6 +29,9 @@ from internvl_core.errors import CheckpointCorrupt, CheckpointNotFound
 
 logger = logging.getLogger(__name__)
 
+MIN_KEPT = 2
+"""Checkpoints that stay at the least: the newest may turn out to be damaged."""
+
 
 @dataclass
 class GarbageReport:

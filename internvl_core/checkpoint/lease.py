@@ -212,6 +212,14 @@ def _tell_holder(backend: Backend, fence: int) -> str:
     return f"by {record.owner} at {tell_time(record.taken_at)}" if record else "by somebody whose lease is unreadable"
 
 
+def read_boot_id() -> str:
+    """Read what names this start of this machine's kernel; empty where there is no /proc."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
 def _find_kernel() -> tuple[str, str]:
     """Find what tells kernels' starts and their pid namespaces apart; empty where there is no /proc."""
     try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_core.checkpoint.faults import translated
+from internvl_core.checkpoint.garbage import MIN_KEPT
 from internvl_core.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointKind,
@@ -35,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 SAVES_FOLDER = "saving"
 LOCK_FILE = ".lock"
-MIN_KEPT = 2
-"""Verified checkpoints that are always kept: the newest may be damaged tomorrow."""
-
 _NAME = re.compile(r"checkpoint-\d+")
 
 

@@ -24,13 +24,14 @@ from internvl_core.checkpoint.acquisition import ChooseBase, Clock, acquire
 from internvl_core.checkpoint.backend import Backend, open_backend
 from internvl_core.checkpoint.commits import (
     Commit,
+    CommitName,
     list_commit_names,
     read_commit,
     read_manifest,
 )
 from internvl_core.checkpoint.faults import translated
 from internvl_core.checkpoint.fetch import fetch, read_file
-from internvl_core.checkpoint.garbage import GarbageReport
+from internvl_core.checkpoint.garbage import MIN_KEPT, GarbageReport
 from internvl_core.checkpoint.lease import Lease, Owner, list_fences, open_lease
 from internvl_core.checkpoint.lineage import iter_verified, read_lineage, resolve_checkpoint
 from internvl_core.checkpoint.manifest import CheckpointKind, Manifest, list_files
@@ -55,8 +56,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-MIN_KEPT = 2
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -148,6 +147,17 @@ class StageStore:
         """
         commit = next(iter_verified(self._backend, kind), None)
         return commit.checkpoint if commit else None
+
+    def find_commit(self, step: int, fence: int, kind: CheckpointKind) -> CheckpointRef | None:
+        """Find what was committed under a name, live or not; None if nothing was.
+
+        Raises:
+            CheckpointCorrupt: the record is damaged.
+        """
+        try:
+            return read_commit(self._backend, CommitName(step, fence, kind)).checkpoint
+        except CheckpointNotFound:
+            return None
 
     def list_committed(self, *, include_dead: bool = False) -> list[Commit]:
         """List the commits whose record is readable, newest first.

@@ -12,17 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from internvl_core.checkpoint.fetch import adopt
+from internvl_core.checkpoint.lease import read_boot_id
 from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.contract import CheckpointRef, write_json_atomically
-from internvl_core.errors import CheckpointError, Fenced, StoreUnavailable
+from internvl_core.errors import DiskFull, Fenced, InternVLError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 UNSENT_FOLDER = "unsent"
 
 _VERSION = 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,14 @@ class UnsentSave:
             **content,
         )
 
-    def find_committed(self, store: StageStore) -> CheckpointRef | None:
-        """Find the commit of this very save, made by a try whose answer was lost; the fence is nobody else's."""
-        for commit in store.list_committed():
-            if (commit.step, commit.fence, commit.kind) == (self.step, self.fence, self.kind):
-                return commit.checkpoint
-        return None
-
     def publish(self, store: StageStore) -> CheckpointRef:
-        """Commit the save, unless it is committed already.
+        """Commit the save, unless a try whose answer was lost has done so; the fence is nobody else's.
 
         Raises:
             Fenced: another run has taken the stage over.
             StoreUnavailable, DiskFull: nothing is committed.
         """
-        committed = self.find_committed(store)
-        if committed is not None:
-            return committed
-        return store.publish(
+        return store.find_commit(self.step, self.fence, self.kind) or store.publish(
             self.directory, step=self.step, fence=self.fence, kind=self.kind, parent=self.parent, info=self.info
         )
 
@@ -101,34 +92,45 @@ class UnsentSave:
         self.record_path.unlink(missing_ok=True)
 
 
-def publish_unsent(attempts_dir: Path, store: StageStore) -> None:
+def publish_unsent(
+    attempts_dir: Path, store: StageStore, *, cache_dir: Path, run_id: str | None = None, must_send: bool = False
+) -> None:
     """Send what attempts of a stage that are over left unsent on this machine, oldest first.
-
-    Nothing is raised: what cannot be sent now stays where it is, and the log says why.
 
     Args:
         attempts_dir: of the stage, one directory for each attempt; no attempt may be running.
+        cache_dir: where the newest stays for whoever resumes from it here.
+        run_id: only what this run left; None: any run's.
+        must_send: raise what keeps a save from being sent now but may not later. Otherwise it is logged: an attempt
+            that begins in spite of it takes a lease that no longer knows the save.
+
+    Raises:
+        StoreUnavailable, DiskFull: a save could not be sent, and must be; it stays where it is.
     """
-    for save in _iter_unsent(attempts_dir):
+    for save in _iter_unsent(attempts_dir, store):
+        if run_id is not None and save.info.get("run_id") != run_id:
+            continue
         where = f"the save of step {save.step} ({save.kind}) in {save.directory}"
         try:
             checkpoint = save.publish(store)
             store.verify(checkpoint)
-        except Fenced:
-            logger.info("Not sent: %s. Another run has taken the stage over since.", where)
             save.forget()
-        except StoreUnavailable as error:
+            adopt(save.directory, checkpoint, cache_dir)
+        except Fenced:
+            logger.info("Removed, for another run has taken the stage over since: %s", where)
+            _remove(save)
+        except (StoreUnavailable, DiskFull) as error:
+            if must_send:
+                raise
             logger.warning("Not sent yet: %s. %s", where, error)
             return
-        except CheckpointError as error:
+        except (InternVLError, OSError) as error:
             logger.warning("Not sent: %s. %s", where, error)
         else:
             logger.info("Sent what an earlier attempt left behind: step %d (%s)", save.step, save.kind)
-            save.forget()
-            shutil.rmtree(save.directory, ignore_errors=True)
 
 
-def _iter_unsent(attempts_dir: Path) -> Iterator[UnsentSave]:
+def _iter_unsent(attempts_dir: Path, store: StageStore) -> Iterator[UnsentSave]:
     boot_id = read_boot_id()
     for path in sorted(attempts_dir.glob(f"*/{UNSENT_FOLDER}/*.json"), key=lambda path: path.name):
         try:
@@ -140,11 +142,13 @@ def _iter_unsent(attempts_dir: Path) -> Iterator[UnsentSave]:
             save.forget()
         elif save.boot_id == boot_id:
             yield save
+        elif any(commit.step >= save.step for commit in store.list_committed()):
+            logger.info("Removed, of before the machine restarted, and superseded: %s", save.directory)
+            _remove(save)
+        else:
+            logger.warning("Left alone, for it may not be whole since the machine restarted: %s", save.directory)
 
 
-def read_boot_id() -> str:
-    """Read what names this run of this machine's kernel; empty where there is no such thing."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
+def _remove(save: UnsentSave) -> None:
+    save.forget()
+    shutil.rmtree(save.directory, ignore_errors=True)

@@ -119,12 +119,12 @@ def _beat(store: StageStore, fence: int, metrics_path: Path, events: _Events) ->
     while True:
         try:
             lease = lease or store.open_lease(fence)
-            lease.beat(step=_read_step(metrics_path), phase="training")
+            lease.beat(step=_read_step(metrics_path), phase="at work")
             lease.check()
         except Fenced as error:
             events.tell_failure(error)
             return
-        except CheckpointError as error:
+        except (InternVLError, OSError) as error:
             # A store that is away for a while: the save says so if it lasts.
             logger.warning("No beat: %s", error)
         time.sleep(BEAT_INTERVAL_S)

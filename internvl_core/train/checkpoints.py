@@ -1,7 +1,6 @@
 """A stage's checkpoints as all its ranks see them: rank 0 deals with the store, the others wait for it."""
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.ranks import wait_together
 from internvl_core.train.resume import build_layout, fit_to_ranks
-from internvl_core.train.room import DiskRoom, estimate_checkpoint_bytes
+from internvl_core.train.room import DiskRoom, estimate_checkpoint_bytes, estimate_weights_bytes
 from internvl_core.train.sampler import StepSampler
 from internvl_core.train.supervisor_link import SupervisorLink
 from internvl_core.train.trainer import InternVLTrainer
@@ -58,6 +57,7 @@ class StageCheckpoints:
         self._cache_dir = Path(extension.cache_dir).expanduser()
         self._is_main = training.process_index == 0
         self._queue: CommitQueue | None = None
+        self._weights_bytes = 0
         self._resumed: Committed | None = None
         self._converted: Path | None = None
         self._commits: StageCommits | LocalCommits
@@ -107,8 +107,11 @@ class StageCheckpoints:
         Args:
             note_base: writes into an adapter's folder what it belongs to.
         """
+        has_masters = bool(self._training.deepspeed)
+        # Merged or not: what a stage ends with may be the whole model.
+        self._weights_bytes = estimate_weights_bytes(trainer.model)
         estimate_bytes = estimate_checkpoint_bytes(
-            trainer.model, has_adapters=not trainer.is_whole, has_masters=bool(self._training.deepspeed)
+            trainer.model, has_adapters=not trainer.is_whole, has_masters=has_masters
         )
         if self._is_main:
             size_bytes = self._resumed.size_bytes if self._resumed else estimate_bytes
@@ -123,27 +126,34 @@ class StageCheckpoints:
         """Whether all that this rank knows to be saved is committed."""
         return not (self._is_main and isinstance(self._commits, StageCommits)) or self._commits.uploads.are_committed
 
-    def await_room(self, step: int) -> None:
-        """Wait on all ranks until a checkpoint may be written.
+    def await_room_for_final(self, step: int) -> None:
+        """Wait on all ranks until the final weights may be written.
 
         Raises:
-            DiskFull, StoreUnavailable: it never may.
+            DiskFull, StoreUnavailable: they never may.
         """
         queue = self._queue
-        self._wait_together(None if queue is None else lambda: queue.has_room(step))
+        self._wait_together(None if queue is None else lambda: queue.has_room(step, size_bytes=self._weights_bytes))
 
     def await_commits(self) -> None:
         """Wait on all ranks until what was saved is committed: the first to leave would end the others."""
         self._wait_together(self._are_committed if self._is_main else None)
 
-    def await_commits_apart(self) -> None:
-        """Do the same where ranks are not at the same place; only rank 0 returns, and its end is that of the others."""
-        if isinstance(self._commits, LocalCommits):
-            return
-        while not (self._is_main and self._are_committed()):
+    def can_leave_evaluation(self) -> bool:
+        """Wait until what was saved is committed, where ranks are not at the same place, and say who leaves then.
+
+        Rank 0 does, and its end is that of the others. They go on: it may need them for what it is at.
+        """
+        if not self._is_main:
+            return isinstance(self._commits, LocalCommits)
+        while not self._are_committed():
             self._link.tell(Phase.FINISH)
-            if not self._is_main:
-                time.sleep(WAIT_S)
+        return True
+
+    def check(self) -> None:
+        """Raise what keeps checkpoints from ever being committed."""
+        if self._is_main:
+            self._commits.check()
 
     def submit_final(self, directory: Path, step: int, counters: dict[str, int]) -> UnsentSave | None:
         """Have the stage's final weights committed while it is evaluated; the save is known to rank 0 only.

@@ -18,6 +18,7 @@ from typing import Any, Self
 from internvl_core import __version__
 from internvl_core.checkpoint.commits import Commit
 from internvl_core.checkpoint.fetch import adopt
+from internvl_core.checkpoint.garbage import MIN_KEPT
 from internvl_core.checkpoint.lease import Lease, Owner
 from internvl_core.checkpoint.manifest import CheckpointKind, Manifest
 from internvl_core.checkpoint.resume_point import INPUTS_KEY
@@ -33,8 +34,6 @@ from internvl_core.train.upload import UploadLimits, Uploads
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "peft")
-MIN_KEPT = 2
-"""Training checkpoints that stay in the store at the least: the newest may turn out to be damaged."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,12 @@ class StageCommits:
             timeout_s,
         )
 
+    def drop_cached(self) -> None:
+        """Make room on the disk by the copy of a checkpoint that is in the store."""
+        if self._adopted is not None:
+            shutil.rmtree(self._adopted, ignore_errors=True)
+            self._adopted = None
+
     def describe_backlog(self) -> str:
         """Say what waits for the store and why."""
         return self.uploads.describe_backlog()
@@ -194,6 +199,8 @@ class StageCommits:
 
     def _choose(self, commits: Iterable[Commit]) -> Commit | None:
         """Find the commit to go on from, and fetch it: the newest that verifies and that this attempt may have."""
+        # The store asks again if the stage was worked on meanwhile.
+        self._found = None
         told = self._stage.resume_from
         only_own = told is not None or not self._stage.resume
         passed_over: CheckpointCorrupt | None = None

@@ -27,6 +27,9 @@ class Commits(Protocol):
         """Wait until one more save may be made, as far as it will be."""
         ...
 
+    def drop_cached(self) -> None:
+        """Make room on the disk by what can be had from the store again."""
+
     def describe_backlog(self) -> str:
         """Say what is waited for."""
         ...
@@ -71,8 +74,11 @@ class CommitQueue:
         """Raise what keeps checkpoints from ever being committed."""
         self._commits.check()
 
-    def has_room(self, step: int) -> bool:
+    def has_room(self, step: int, *, size_bytes: int | None = None) -> bool:
         """Wait a few seconds until one more may be written.
+
+        Args:
+            size_bytes: of what is to be written; None: of a training checkpoint.
 
         Raises:
             DiskFull: there is no room, and nothing is left to be sent.
@@ -80,12 +86,14 @@ class CommitQueue:
         """
         # The first time only a look: the other ranks wait already.
         timeout_s = WAIT_S if self._told_step == step else 0
-        if not self._commits.wait_for_room(lambda: self._room.is_enough, timeout_s):
+        if not self._commits.wait_for_room(lambda: self._room.is_enough(size_bytes), timeout_s):
             if self._told_step != step:
                 logger.warning("Step %d waits to be saved. %s", step, self._commits.describe_backlog())
                 self._told_step = step
             return False
-        self._room.check(step)
+        if not self._room.is_enough(size_bytes):
+            self._commits.drop_cached()
+        self._room.check(step, size_bytes)
         return True
 
     def submit(self, step: int) -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Of gloo, and of the store through which ranks find each other.
 _LOST_PEER = re.compile(r"gloo/.*(Connection|Socket|[Tt]imed out|Broken pipe)|Connection (closed|reset) by peer")
+_PEER_WORDS = re.compile(r"remote|peer|closed|reset|refused|abort|tim(ed |e)out|broken pipe", re.IGNORECASE)
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
 
 
@@ -78,11 +79,13 @@ def _report_failure(error: BaseException, attempt_dir: Path | None, link: Superv
     """Write failure.json and leave at once; the supervisor ends the other ranks."""
     if isinstance(error, SystemExit) and not error.code:
         return
-    if attempt_dir is not None and _is_about_a_peer(error):
+    classified = classify(error)
+    # What has a class of ours is a cause, whoever raised it: NCCL too runs out of memory.
+    if attempt_dir is not None and not isinstance(classified, InternVLError) and _is_about_a_peer(error):
         # A symptom. Who vanished has told the cause, or the supervisor finds it.
         logger.error("This rank leaves, for another one is gone: %s", error)
         _leave(WorkerLost.exit_code, link)
-    error = classify(error)
+    error = classified
     failure = StageFailure.from_exception(error, rank=_rank())
     is_first = True
     if attempt_dir is not None:
@@ -98,8 +101,12 @@ def _report_failure(error: BaseException, attempt_dir: Path | None, link: Superv
 
 def _is_about_a_peer(error: BaseException) -> bool:
     """Tell what torch raises in a rank whose partner in a collective is gone."""
+    words = str(error)
+    # Raised for what is wrong here as well: a network interface, two ranks on one GPU.
     is_network = isinstance(error, (dist.DistNetworkError, dist.DistBackendError))
-    return is_network or (isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None)
+    return (is_network and _PEER_WORDS.search(words) is not None) or (
+        isinstance(error, RuntimeError) and _LOST_PEER.search(words) is not None
+    )
 
 
 def _unwrap_worker_error(error: InternVLError) -> InternVLError:

@@ -113,6 +113,9 @@ class LocalCommits:
         """Let a save go ahead at once: none is under way, and room on the disk is looked for behind this."""
         return True
 
+    def drop_cached(self) -> None:
+        """Do nothing: there is no copy of anything."""
+
     def describe_backlog(self) -> str:
         """Say that nothing waits."""
         return "Nothing waits to be committed."

@@ -1,7 +1,7 @@
 """How full, how even and how fast the steps since the last log line were."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -22,13 +22,15 @@ class StepMeter:
     places that hold a token.
     """
 
-    def __init__(self, share: Share, limits: PackLimits | None) -> None:
+    def __init__(self, share: Share, limits: PackLimits | None, *, tell: Callable[[], None] = lambda: None) -> None:
         """Begin to measure.
 
         Args:
             share: how steps fall to ranks and forwards.
             limits: of a pack; None for padded batches.
+            tell: called for each batch that is waited for: an update may wait for many.
         """
+        self._tell = tell
         self._share = share
         self._limits = limits
         self._new = np.zeros(4, np.int64)
@@ -48,6 +50,7 @@ class StepMeter:
                 batch = next(batches)
             except StopIteration:
                 return
+            self._tell()
             self._new[3] += round((time.monotonic() - started) * _MICROSECONDS)
             yield batch
 

@@ -18,6 +18,11 @@ _MASTER_BYTES = 4
 """Of DeepSpeed's own float32 copy of a parameter that learns."""
 
 
+def estimate_weights_bytes(model: nn.Module) -> int:
+    """Estimate the size of all weights."""
+    return count_parameters(model) * next(model.parameters()).element_size()
+
+
 def estimate_checkpoint_bytes(model: nn.Module, *, has_adapters: bool, has_masters: bool) -> int:
     """Estimate the size of a training checkpoint before the first one is written.
 
@@ -48,26 +53,26 @@ class DiskRoom:
         """Take the size of a checkpoint that was written as that of the next one."""
         self._size_bytes = sum(path.stat().st_size for path in checkpoint_dir.rglob("*") if path.is_file())
 
-    @property
-    def is_enough(self) -> bool:
-        return self._free_bytes >= self._needed_bytes
+    def is_enough(self, size_bytes: int | None = None) -> bool:
+        """Tell whether so much fits; None: as much as a training checkpoint."""
+        return self._free_bytes >= self._find_needed_bytes(size_bytes)
 
-    def check(self, step: int) -> None:
+    def check(self, step: int, size_bytes: int | None = None) -> None:
         """Refuse to save.
 
         Raises:
             DiskFull: says how much is needed, and how much there is.
         """
-        if not self.is_enough:
+        if not self.is_enough(size_bytes):
+            needed = _to_gib(self._find_needed_bytes(size_bytes))
             raise DiskFull(
-                f"{self._directory}: a checkpoint of step {step} needs about {_to_gib(self._needed_bytes)}, free are "
+                f"{self._directory}: a checkpoint of step {step} needs about {needed}, free are "
                 f"{_to_gib(self._free_bytes)}. Nothing was written; the checkpoints before it are whole. Make room, or "
                 "give the recipe a workspace on a larger disk, and run again."
             )
 
-    @property
-    def _needed_bytes(self) -> int:
-        return int(self._size_bytes * _MARGIN) + _RESERVE_BYTES
+    def _find_needed_bytes(self, size_bytes: int | None) -> int:
+        return int((self._size_bytes if size_bytes is None else size_bytes) * _MARGIN) + _RESERVE_BYTES
 
     @property
     def _free_bytes(self) -> int:

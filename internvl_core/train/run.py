@@ -1,6 +1,7 @@
 """One attempt of a stage inside a rank: build, train, commit, evaluate, hand over."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ from internvl_core.train.update import Update
 
 logger = logging.getLogger(__name__)
 
+_TIMEOUT_MARGIN_S = 60
+
 
 class StageRun:
     """Everything one attempt of a stage needs, on one rank.
@@ -80,6 +83,7 @@ class StageRun:
         self._base: BaseModel | None = None
         training = arguments.training
         _settle(arguments)
+        _settle_timeout(arguments, save_budget_s=stage.save_budget_s if stage else 0.0)
         if training.deepspeed is not None:
             clear_left_locks()
         training.prepare_for_launch()
@@ -221,18 +225,15 @@ class StageRun:
             is_packed=self._is_packed,
             resume_from=newest.path if newest else None,
         )
-        meter = StepMeter(sampler.share, get_pack_limits(arguments) if self._is_packed else None)
+        meter = StepMeter(
+            sampler.share,
+            get_pack_limits(arguments) if self._is_packed else None,
+            tell=lambda: self._link.tell(Phase.SETUP if curve.first_step_s is None else Phase.STEP),
+        )
         update = Update()
         finite = FiniteSteps(update, max_in_a_row=arguments.extension.max_non_finite_steps)
         consensus = ConsensusCallback(self._link, ledger, meter, sampler, finite)
         curve = MetricsCallback(self._metrics, ledger, meter, finite)
-        callbacks = [
-            ProgressCallback(self._link),
-            consensus,
-            finite,
-            curve,
-            StopAfterSaveCallback(self._link, consensus),
-        ]
         if self._is_packed:
             use_packed_attention(loaded.model, self._choose_attention())
         trainer = InternVLTrainer(
@@ -249,9 +250,10 @@ class StageRun:
             train_dataset=dataset,
             data_collator=build_collator(arguments, loaded.tokenizer.pad_token_id, is_packed=self._is_packed),
             processing_class=loaded.tokenizer,
-            callbacks=callbacks,
+            callbacks=[ProgressCallback(self._link), consensus, finite, curve],
         )
         self._checkpoints.follow(trainer, ledger, sampler, meter, note_base=self._note_base)
+        trainer.add_callback(StopAfterSaveCallback(self._link, consensus))
         self._leave_early()
         if newest is not None:
             logger.info("Resuming from step %d: %s", newest.step, newest.checkpoint.uri)
@@ -281,7 +283,7 @@ class StageRun:
     def _save_final(self, trainer: InternVLTrainer, counters: dict[str, int]) -> UnsentSave | None:
         self._link.tell(Phase.FINISH, trainer.state.global_step)
         final_dir = self._output_dir / "final" if self._stage else self._output_dir
-        self._checkpoints.await_room(trainer.state.global_step)
+        self._checkpoints.await_room_for_final(trainer.state.global_step)
         if self._arguments.model.model_name_or_path is None or self._arguments.model.mlp_path is not None:
             # An adapter is of use only with its base, and components, or a projector put into a model, are none.
             trainer.save_merged(str(final_dir))
@@ -301,8 +303,8 @@ class StageRun:
     def _note_answers(self) -> None:
         # Only when the final weights are out may a stop end the evaluation without a word to the ranks.
         self._link.tell(Phase.EVALUATE if self._checkpoints.are_committed else Phase.FINISH)
-        if self._link.is_set:
-            self._checkpoints.await_commits_apart()
+        self._checkpoints.check()
+        if self._link.is_set and self._checkpoints.can_leave_evaluation():
             raise Preempted(
                 "Stopped on request during the evaluation: the trained weights are committed, only the evaluation is "
                 "left."
@@ -324,6 +326,13 @@ class StageRun:
             "last_loss": curve[-1]["loss"],
             "tokens_per_s": speeds[len(speeds) // 2],
         }
+
+
+def _settle_timeout(arguments: Arguments, *, save_budget_s: float) -> None:
+    """Let collectives wait as long as the supervisor does: rank 0 may be fetching, saving or waiting for the store."""
+    extension = arguments.extension
+    longest_s = max(extension.setup_limit_s, extension.stall_limit_s, save_budget_s)
+    arguments.training.ddp_timeout = max(arguments.training.ddp_timeout, math.ceil(longest_s) + _TIMEOUT_MARGIN_S)
 
 
 def _settle(arguments: Arguments) -> None:

@@ -111,7 +111,9 @@ class InternVLTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights(is_whole=self.is_whole)
         check_optimizer(self.model, self.optimizer, step=self.state.global_step)
-        with self.saves.writing(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # Another rank may have made it; whichever has no room for its part leaves nothing of it.
+        with self.saves.writing(folder, is_begun=True):
             super()._save_checkpoint(model, trial)
 
     def save_merged(self, output_dir: str) -> None:

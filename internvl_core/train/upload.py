@@ -28,6 +28,7 @@ _SLOWEST_BYTES_PER_S = 2e6
 """A store that takes less in a second, sent and read back, is not there."""
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
+_CLOSE_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Uploads:
         self._num_failures = 0
         self._last_failure = ""
         self._closing = threading.Event()
-        self._process = UploaderProcess(command, on_fenced=self._give_up)
+        self._process = UploaderProcess(command, on_fenced=self._give_up, on_end=self._wake)
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
@@ -84,7 +85,8 @@ class Uploads:
     @property
     def are_committed(self) -> bool:
         """Whether all saves have their commit record, verified or not."""
-        return all(save.record_path in self._committed for save in self._queue)
+        with self._changed:
+            return all(save.record_path in self._committed for save in self._queue)
 
     def submit(self, save: UnsentSave) -> None:
         """Queue a save; returns at once."""
@@ -104,9 +106,9 @@ class Uploads:
             StoreUnavailable, DiskFull, Fenced: it never will be.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or is_reached(), timeout_s)
+            is_over = self._changed.wait_for(lambda: self._error is not None or is_reached(), timeout_s)
         self.check()
-        return is_reached()
+        return is_over
 
     def find_committed(self, save: UnsentSave) -> CheckpointRef | None:
         """Find what a save became; None while it is not committed."""
@@ -124,16 +126,21 @@ class Uploads:
         with self._changed:
             self._changed.notify_all()
         self._process.close()
-        self._thread.join()
+        # It may wait for what hangs; it is a daemon.
+        self._thread.join(_CLOSE_PATIENCE_S)
 
     def _run(self) -> None:
         while (save := self._take()) is not None:
+            began = time.monotonic()
             try:
                 for event in self._process.send(save.record_path, limit_s=self._find_limit(save)):
                     self._advance(save, event)
             except InternVLError as error:
                 if save.record_path.exists() and not self._closing.is_set():
-                    self._bear(save, error)
+                    self._bear(save, error, began)
+                self._restart()
+            except Exception as error:  # noqa: BLE001  this thread's outermost frame: whoever waits for it must hear
+                self._give_up(InternVLError(f"The uploads ended: {type(error).__name__}: {error}"))
             if not save.record_path.exists():
                 with self._changed:
                     self._failing_since, self._num_failures = None, 0
@@ -141,10 +148,29 @@ class Uploads:
                     self._changed.notify_all()
 
     def _take(self) -> UnsentSave | None:
-        """Wait for the next save; None when no more will be sent."""
+        """Wait for the next save; None when no more will be sent. Meanwhile see that somebody beats the lease."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._queue or self._closing.is_set() or self._error is not None or self._process.is_gone
+                )
+                if self._closing.is_set() or self._error is not None:
+                    return None
+                if self._queue:
+                    return self._queue[0]
+            # One that dies at once is not to be started as often as can be.
+            self._closing.wait(_FIRST_PAUSE_S)
+            self._restart()
+
+    def _restart(self) -> None:
+        try:
+            self._process.restart()
+        except OSError as error:
+            self._give_up(InternVLError(f"The uploader cannot be started: {error}"))
+
+    def _wake(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._queue) or self._closing.is_set() or self._error is not None)
-            return None if self._closing.is_set() or self._error is not None else self._queue[0]
+            self._changed.notify_all()
 
     def _find_limit(self, save: UnsentSave) -> float:
         """Find how many seconds a save may take that is sent, read back, and not alone on a slow line."""
@@ -162,10 +188,10 @@ class Uploads:
             save.forget()
             self._on_verified(save, self._committed[save.record_path])
 
-    def _bear(self, save: UnsentSave, error: InternVLError) -> None:
-        """Pause before the next try, or give up."""
+    def _bear(self, save: UnsentSave, error: InternVLError, began: float) -> None:
+        """Pause before the next try, or give up; the try that failed counts from its beginning."""
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
+        self._failing_since = self._failing_since or began
         self._num_failures += 1
         self._last_failure = str(error)
         failing_s = now - self._failing_since

@@ -13,27 +13,49 @@ from typing import Any
 from internvl_core.checkpoint.uploader import DONE, FAILED
 from internvl_core.errors import Fenced, InternVLError, StoreUnavailable, find_error_class
 
-_CLOSE_PATIENCE_S = 5.0
+_CLOSE_PATIENCE_S = 2.0
+"""With the release of the lease behind it within what the supervisor gives ranks after a failure."""
 
 
 class UploaderProcess:
-    """`checkpoint/uploader.py`, started again when it dies."""
+    """`checkpoint/uploader.py`; whoever owns it starts it again when it dies."""
 
-    def __init__(self, command: Sequence[str], *, on_fenced: Callable[[InternVLError], None]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        on_fenced: Callable[[InternVLError], None],
+        on_end: Callable[[], None],
+    ) -> None:
         """Start it.
 
         Args:
             command: what runs it.
             on_fenced: told, in another thread, when the lease is lost, save or no save.
+            on_end: told, in another thread, when it is gone: nobody beats the lease any more.
         """
         self._command = list(command)
         self._on_fenced = on_fenced
+        self._on_end = on_end
+        # Held to start and to close: one that starts behind a close would beat a lease that is given back.
+        self._lock = threading.Lock()
         self._is_closed = False
         self._start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def is_gone(self) -> bool:
+        return self._process.poll() is not None
+
+    def restart(self) -> None:
+        """Start it again if it is gone, unless it was closed."""
+        with self._lock:
+            if not self._is_closed and self.is_gone:
+                self._close_stdin()
+                self._start()
 
     def send(self, record_path: Path, *, limit_s: float) -> Iterator[dict[str, Any]]:
         """Ask for a save; yield its events, the last of them `done`.
@@ -46,7 +68,8 @@ class UploaderProcess:
             StoreUnavailable: the store failed, or the process died, or was closed, or hung.
             InternVLError: the store failed in a way that no further try helps.
         """
-        with suppress(OSError):  # It is dead: the end of its events says so.
+        # It may be dead, or closed: the end of its events says so.
+        with suppress(OSError, ValueError):
             self._write(f"{record_path}\n")
         deadline = time.monotonic() + limit_s
         while (event := self._take_event(deadline)) is not None:
@@ -55,32 +78,32 @@ class UploaderProcess:
             yield event
             if event["event"] == DONE:
                 return
-        exit_code = self._process.wait()
-        if not self._is_closed:
-            self._close_stdin()
-            self._start()
+        self._end()
         if time.monotonic() > deadline:
             raise StoreUnavailable(f"The save was not in the store within {limit_s:.0f} s.")
-        raise StoreUnavailable(f"The uploader ended with exit code {exit_code} in the middle of a save.")
+        raise StoreUnavailable(f"The uploader ended with exit code {self._process.returncode} in the middle of a save.")
 
     def close(self) -> None:
         """End it; a transfer under way is given a few seconds. Nothing is ever committed by halves."""
-        self._is_closed = True
-        self._close_stdin()
-        try:
-            self._process.wait(_CLOSE_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join()
+        with self._lock:
+            self._is_closed = True
+            self._close_stdin()
+            self._end()
 
     def _start(self) -> None:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(
-            target=self._read, args=(self._process, self._events), name="upload-events", daemon=True
-        )
-        self._reader.start()
+        arguments = (self._process, self._events)
+        threading.Thread(target=self._read, args=arguments, name="upload-events", daemon=True).start()
+
+    def _end(self) -> None:
+        """Wait for its end, by force after a while; what hangs in a dead network mount is left to the supervisor."""
+        try:
+            self._process.wait(_CLOSE_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_CLOSE_PATIENCE_S)
 
     def _take_event(self, deadline: float) -> dict[str, Any] | None:
         """Take the next event; None when there will be none, which is seen to once the deadline is over."""
@@ -108,4 +131,6 @@ class UploaderProcess:
                 if event.get("error") == Fenced.__name__:
                     self._on_fenced(Fenced(event["message"]))
                 events.put(event)
+        process.wait()
         events.put(None)
+        self._on_end()

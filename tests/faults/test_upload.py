@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from tcp_proxy import TcpProxy
-from upload_attempts import DEADLINE_S, Attempt
+from upload_attempts import DEADLINE_S, FINGERPRINT, Attempt
 
 from internvl_core.checkpoint.lease import Owner
 from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import StageStore
 from internvl_core.checkpoint.unsent import UnsentSave, publish_unsent
 from internvl_core.errors import Fenced, StoreUnavailable
 
@@ -85,7 +86,7 @@ def test_a_store_that_stays_away_ends_the_stage_and_what_is_unsent_is_sent_by_th
     attempt.commits.close()
     assert all(save.directory.exists() and save.record_path.exists() for save in saves)
 
-    publish_unsent(tmp_path / "attempts", attempt.store)
+    publish_unsent(tmp_path / "attempts", attempt.store, cache_dir=tmp_path / "cache")
     assert [attempt.read_step(step) for step in (10, 20)] == [10, 20]
     assert not any(save.directory.exists() or save.record_path.exists() for save in saves)
 
@@ -130,9 +131,10 @@ def test_a_run_that_was_taken_over_is_told_and_its_save_does_not_count(
     assert attempt.list_steps() == []
     assert save.directory.exists()
     attempt.commits.close()
-    publish_unsent(tmp_path / "attempts", attempt.store)
+    publish_unsent(tmp_path / "attempts", attempt.store, cache_dir=tmp_path / "cache")
     assert attempt.list_steps() == []
     assert not save.record_path.exists()
+    assert not save.directory.exists()
 
 
 @pytest.mark.fault(
@@ -155,6 +157,52 @@ def test_a_machine_that_restarted_does_not_send_what_may_never_have_reached_its_
     )
     record = json.loads(save.record_path.read_text())
     save.record_path.write_text(json.dumps({**record, "boot_id": "another boot"}))
-    publish_unsent(tmp_path / "attempts", attempt.store)
+    publish_unsent(tmp_path / "attempts", attempt.store, cache_dir=tmp_path / "cache")
     assert attempt.list_steps() == []
     assert directory.exists()
+
+
+@pytest.mark.fault(
+    43,
+    "the store is still down when the stage is run again",
+    how="a proxy before S3 refuses connections",
+    then="no attempt begins, which would take a lease that does not know the unsent save",
+)
+def test_no_attempt_begins_before_what_is_unsent_is_sent(
+    start_attempt: Callable[..., Attempt], far_store: TcpProxy, s3_bucket_uri: str, tmp_path: Path
+) -> None:
+    attempt = start_attempt(s3_bucket_uri, far_store=far_store, patience_s=0)
+    attempt.acquire()
+    far_store.go_down()
+    save = attempt.save(10)
+    with pytest.raises(StoreUnavailable):
+        attempt.uploads.wait(lambda: attempt.uploads.num_unsent == 0, DEADLINE_S)
+    attempt.commits.close()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", far_store.url)
+        away = StageStore(s3_bucket_uri, "stage1", FINGERPRINT)
+        with pytest.raises(StoreUnavailable):
+            publish_unsent(tmp_path / "attempts", away, cache_dir=tmp_path / "cache", must_send=True)
+    assert save.directory.exists()
+    assert save.record_path.exists()
+
+
+@pytest.mark.fault(
+    38,
+    "the uploader is killed while there is nothing to send",
+    how="SIGKILL",
+    then="it is started again, for somebody has to beat the lease",
+)
+def test_an_uploader_that_dies_between_saves_is_started_again(
+    start_attempt: Callable[..., Attempt], tmp_path: Path
+) -> None:
+    attempt = start_attempt(f"file://{tmp_path}/store")
+    attempt.acquire()
+    first = attempt.uploads.pid
+    os.kill(first, signal.SIGKILL)
+    end = time.monotonic() + DEADLINE_S
+    while attempt.uploads.pid == first:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    attempt.commit(10)
+    assert attempt.list_steps() == [10]
