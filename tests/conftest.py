@@ -24,9 +24,16 @@ PREFECT_HOME = tempfile.mkdtemp(prefix="internvl-tests-")
 os.environ["PREFECT_HOME"] = PREFECT_HOME
 
 
+# Drawn once for all processes of pytest-xdist, which must collect the same tests.
+FAULT_SEED = "INTERNVL_TEST_FAULT_SEED"
+os.environ.setdefault(FAULT_SEED, str(secrets.randbelow(10_000)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-sample", type=int, metavar="N", help="run only so many of those in tests/faults")
-    parser.addoption("--fault-seed", type=int, default=secrets.randbelow(10_000), help="of that draw and other samples")
+    parser.addoption(
+        "--fault-seed", type=int, default=int(os.environ[FAULT_SEED]), help="of that draw and other samples"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
