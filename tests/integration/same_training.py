@@ -1,13 +1,15 @@
 """Whether two attempts of a stage trained the same, bit for bit."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from rank_faults import Fault
 from stage_runs import Attempt
 
 from internvl_core.checkpoint.manifest import CheckpointKind
-from internvl_core.checkpoint.store import read_manifest
+from internvl_core.checkpoint.store import fetch
 
 CURVES = ("loss", "loss_ema", "learning_rate", "grad_norm")
 NOTHING = Fault("skip", "on_step_end", step=1_000_000)
@@ -30,19 +32,44 @@ def find_differences(found: Attempt, expected: Attempt) -> set[str]:
     if found.result.counters != expected.result.counters:
         differing.add("counters")
     for kind, suffixes in ((CheckpointKind.FINAL, _WEIGHTS), (CheckpointKind.TRAINING, _STATE)):
-        digests, expected_digests = (read_digests(attempt, kind, suffixes) for attempt in (found, expected))
-        assert digests.keys() == expected_digests.keys()
-        differing |= {path for path in digests if digests[path] != expected_digests[path]}
+        files, expected_files = (fetch_files(attempt, kind, suffixes) for attempt in (found, expected))
+        assert files.keys() == expected_files.keys()
+        differing |= {path for path in files if not _is_equal_file(files[path], expected_files[path])}
     return differing
 
 
-def read_digests(attempt: Attempt, kind: CheckpointKind, suffixes: tuple[str, ...]) -> dict[str, Any]:
-    """Read the digests of files of an attempt's last checkpoint of a kind."""
+def fetch_files(attempt: Attempt, kind: CheckpointKind, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Find files of an attempt's last checkpoint of a kind, by their path in it."""
     newest = max((commit for commit in attempt.commits if commit.kind is kind), key=lambda commit: commit.step)
     assert newest.step == attempt.result.step
+    folder = fetch(newest.checkpoint, attempt.directory)
     return {
-        entry.path: entry.sha256 for entry in read_manifest(newest.checkpoint).files if entry.path.endswith(suffixes)
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name.endswith(suffixes)
     }
+
+
+def _is_equal_file(found: Path, expected: Path) -> bool:
+    if found.read_bytes() == expected.read_bytes():
+        return True
+    # DeepSpeed pickles the same state in other bytes once it was loaded: what is shared between objects differs.
+    return found.suffix == ".pt" and _is_equal(*(torch.load(path, weights_only=False) for path in (found, expected)))
+
+
+def _is_equal(found: Any, expected: Any) -> bool:
+    """Compare what was pickled, tensors to the bit."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(found, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(found, dict):
+        return found.keys() == expected.keys() and all(_is_equal(found[key], expected[key]) for key in found)
+    if isinstance(found, list | tuple):
+        return len(found) == len(expected) and all(map(_is_equal, found, expected))
+    if hasattr(found, "__dict__") and not isinstance(found, type):
+        return _is_equal(vars(found), vars(expected))
+    return bool(found == expected)
 
 
 def read_trained(attempt: Attempt) -> dict[int, list[str]]:
