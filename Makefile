@@ -8,7 +8,7 @@ export PREFECT_HOME ?= $(CURDIR)/runs/prefect
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # So many tests of faults are drawn for `make test`.
-FAULTS := 24
+FAULTS := 16
 
 .PHONY: help install smoke test test-all check format schema clean
 
