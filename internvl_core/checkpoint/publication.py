@@ -36,8 +36,6 @@ def publish(backend: Backend, save: str, directory: Path, paths: Sequence[str], 
         Fenced: a later lease exists, or somebody else committed this step with this fence.
         StoreUnavailable, DiskFull: nothing is committed.
     """
-    # Before hours of sending, too.
-    check_fence(backend, manifest.fence)
     folder = f"{DATA_FOLDER}/{save}"
     manifest = replace(manifest, files=_upload(backend, directory, paths, folder))
     if not create_once(backend, f"{folder}/{MANIFEST_FILE}", manifest.to_bytes()):

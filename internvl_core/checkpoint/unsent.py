@@ -83,7 +83,12 @@ class UnsentSave:
             Fenced: another run has taken the stage over.
             StoreUnavailable, DiskFull: nothing is committed.
         """
-        return store.find_commit(self.step, self.fence, self.kind) or store.publish(
+        committed = store.find_commit(self.step, self.fence, self.kind)
+        if committed is not None:
+            return committed
+        # Before hours of sending, and not only behind them.
+        store.open_lease(self.fence).check()
+        return store.publish(
             self.directory, step=self.step, fence=self.fence, kind=self.kind, parent=self.parent, info=self.info
         )
 
