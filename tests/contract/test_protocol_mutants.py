@@ -283,7 +283,8 @@ def run_check(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *mutant.check],
         cwd=HERE,
-        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{HERE}", "PYTHONDONTWRITEBYTECODE": "1"},
+        # What conftests import besides comes from here.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, HERE, PACKAGE.parent)))},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
