@@ -223,7 +223,7 @@ def read_boot_id() -> str:
 def _find_kernel() -> tuple[str, str]:
     """Find what tells kernels' starts and their pid namespaces apart; empty where there is no /proc."""
     try:
-        return _BOOT_ID.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())
+        return read_boot_id(), str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return "", ""
 

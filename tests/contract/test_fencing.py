@@ -33,6 +33,15 @@ class FencingContract(StageStoreContract):
         assert store.find_newest() is None
         publish(10, second.fence)
 
+    def test_a_zombie_that_is_fenced_while_it_sends_is_told_before_it_commits(
+        self, store: StageStore, publish: Publish, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = take_lease(store)
+        do_first(monkeypatch, store, "get_sizes_bytes", lambda: take_lease(store, "second"))
+        with pytest.raises(Fenced, match=r"lease 2 was taken by run second"):
+            publish(10, first.fence)
+        assert store.list_committed(include_dead=True) == []
+
     def test_what_a_zombie_commits_nevertheless_is_not_live(self, store: StageStore, publish: Publish) -> None:
         first = take_lease(store)
         base = publish(10, first.fence)

@@ -235,8 +235,8 @@ MUTANTS = [
     Mutant(
         "a publisher does not look whether it is fenced",
         "publication",
-        "    check_fence(backend, manifest.fence)\n",
-        "",
+        "    check_fence(backend, manifest.fence)\n    name =",
+        "    name =",
         contract("fencing"),
     ),
     Mutant(

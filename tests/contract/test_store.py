@@ -214,6 +214,11 @@ class StoreContract(StageStoreContract):
         with pytest.raises(CheckpointNotFound, match="never committed"):
             read_manifest(CheckpointRef(f"{store.uri}/elsewhere", "0" * 64))
 
+    def test_a_commit_is_found_by_its_name(self, store: StageStore, publish: Publish) -> None:
+        checkpoint = publish(10)
+        assert store.find_commit(10, 1, CheckpointKind.TRAINING) == checkpoint
+        assert store.find_commit(10, 1, CheckpointKind.FINAL) is None
+
     def test_a_digest_that_is_not_the_committed_one_is_refused(self, publish: Publish, tmp_path: Path) -> None:
         checkpoint = publish(10)
         with pytest.raises(CheckpointCorrupt, match="asked for"):

@@ -52,3 +52,11 @@ def test_without_proc_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path
     owner = Owner.of_this_process("mine")
     assert owner.boot_id == ""
     assert owner.is_alive() is None
+
+
+def test_without_namespaces_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Path:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    assert Owner.of_this_process("mine").is_alive() is None
