@@ -1,6 +1,6 @@
 """What checkpoints cost a training that goes well, and what they save of one that is killed.
 
-    python benchmarks/bench_survival.py [--hidden-size 512] [--steps 24] [--repeats 3] [--kills 5] [--kill-steps 400]
+    python benchmarks/bench_survival.py [--hidden-size 768] [--steps 24] [--repeats 3] [--kills 5] [--kill-steps 300]
 
 Stall: a model is trained on one rank and saved every few steps to S3 over HTTP (moto, a process of its own).
 "background" is the trainer as it is; "blocking" waits at each save until the store has it and has read it back.
@@ -31,9 +31,9 @@ from machine import name_processor
 from internvl_core.checkpoint.store import StageStore
 from internvl_core.checkpoint.unsent import publish_unsent
 from internvl_core.contract import StageFile, StageResult
-from internvl_core.process_tree import find_descendants
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
+from internvl_core.supervision.process_tree import find_descendants
 from tasks.launch import RunningStage, build_command, get_limits, launch_command
 
 BLOCKING_RANK = Path(__file__).with_name("blocking_rank.py")
@@ -198,11 +198,12 @@ def start_s3(folder: Path) -> "subprocess.Popen[bytes]":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--kill-steps", type=int, default=400)
+    parser.add_argument("--kill-hidden-size", type=int, default=512)
+    parser.add_argument("--kill-steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     report: dict[str, Any] = {
@@ -214,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         large, small = folder / "large", folder / "small"
-        for inputs, hidden_size in ((large, options.hidden_size), (small, 64)):
+        for inputs, hidden_size in ((large, options.hidden_size), (small, options.kill_hidden_size)):
             generate_digits(inputs / "data", DigitsSettings(400, 20))
             settings = ComponentsSettings(hidden_size=hidden_size)
             generate_components(inputs / "components", inputs / "data" / "annotations", settings)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from internvl_core.process_tree import die_with
+from internvl_core.supervision.process_tree import die_with
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from internvl_core.argument_rules import resolve_arguments
 from internvl_core.contract import LOG_FILE, METRICS_FILE, STATE_FILE, StageFailure, StageFile, StageResult
 from internvl_core.errors import ArgumentError, InternVLError, WorkerLost, find_error_class, find_error_class_of_code
-from internvl_core.watchdog import Limits
+from internvl_core.supervision.watchdog import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def launch_command(
     command: Sequence[str], attempt_dir: Path, limits: Limits, *, lock: int | None = None
 ) -> "RunningStage":
     """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
-    supervisor = [sys.executable, "-m", "internvl_core.supervisor"]
+    supervisor = [sys.executable, "-m", "internvl_core.supervision.supervisor"]
     options = [
         f"--attempt-dir={attempt_dir}",
         f"--save-budget={limits.save_s}",

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 from supervised import DEADLINE_S, FAKES, MARK, SupervisedAttempt
 
-from internvl_core.watchdog import Limits
+from internvl_core.supervision.watchdog import Limits
 from tasks.launch import RunningStage, launch_command
 
 # Before any test imports Prefect, which makes its home then: neither the user's nor that of the last run.

@@ -141,7 +141,10 @@ class S3Backend:
 
     def _upload_parts(self, pool: PartPool, source: Path, name: str, part_bytes: int) -> tuple[int, str]:
         client, target = self._client, self._object(name)
-        upload = {**target, "UploadId": client.create_multipart_upload(**target)["UploadId"]}
+        # Told beforehand which checksums botocore puts on the parts, a store need not work out others.
+        sums = client.meta.config.request_checksum_calculation == "when_supported"
+        begun = client.create_multipart_upload(**target, **({"ChecksumAlgorithm": "CRC32"} if sums else {}))
+        upload = {**target, "UploadId": begun["UploadId"]}
         parts: dict[int, dict[str, Any]] = {}
 
         def send_part(number: int, body: bytes) -> None:

@@ -24,7 +24,7 @@ from internvl_core.checkpoint.store import StageStore
 from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import METRICS_FILE
 from internvl_core.errors import CheckpointError, Fenced, InternVLError
-from internvl_core.stop_signals import STOP_SIGNALS
+from internvl_core.supervision.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from internvl_core.data.measure import measure_lines
 from internvl_core.data.meta import DatasetMeta
 from internvl_core.data.records import MAX_LINE_BYTES
 from internvl_core.errors import DataError, Reason
-from internvl_core.process_tree import die_with
+from internvl_core.supervision.process_tree import die_with
 
 COLUMNS: dict[str, Any] = {
     "offsets": np.int64,

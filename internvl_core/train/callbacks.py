@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
 from internvl_core.train.meter import StepMeter

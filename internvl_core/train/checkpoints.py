@@ -13,7 +13,7 @@ from internvl_core.checkpoint.manifest import CheckpointKind
 from internvl_core.checkpoint.store import fetch
 from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import CheckpointRef, StageFile, StageResult
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.callbacks import CommitCallback
 from internvl_core.train.commit import Committed, StageCommits
 from internvl_core.train.commit_queue import WAIT_S, CommitQueue

@@ -32,7 +32,7 @@ from internvl_core.model.load import LoadedModel, build_model, fetch_sources, lo
 from internvl_core.model.sources import describe_base
 from internvl_core.model.trainable import count_parameters, count_trainable, enable_checkpointing, set_trainable
 from internvl_core.packing_rules import is_packed
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.callbacks import (
     ConsensusCallback,
     MetricsCallback,

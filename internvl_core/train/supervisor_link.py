@@ -21,8 +21,8 @@ from pathlib import Path
 
 from internvl_core.contract import STACKS_DIR_VARIABLE, SUPERVISOR_SOCKET_VARIABLE, get_stacks_path
 from internvl_core.errors import Preempted
-from internvl_core.progress import STACKS_SIGNAL, Kind, Message, Phase
-from internvl_core.stop_signals import STOP_SIGNALS, StopSignals
+from internvl_core.supervision.progress import STACKS_SIGNAL, Kind, Message, Phase
+from internvl_core.supervision.stop_signals import STOP_SIGNALS, StopSignals
 
 
 class SupervisorLink:

@@ -22,7 +22,7 @@ from internvl_core.model.adapters import find_saved_modules, fold_adapters, load
 from internvl_core.model.save import save_model
 from internvl_core.model.skeleton import fill
 from internvl_core.model.sources import open_whole
-from internvl_core.stop_signals import STOP_SIGNALS
+from internvl_core.supervision.stop_signals import STOP_SIGNALS
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.finite_weights import check_optimizer, check_tensors, check_weights
 from internvl_core.train.gradient_check import GradientCheck

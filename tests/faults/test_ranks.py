@@ -16,7 +16,7 @@ from stage_runs import launch as launch_stage
 from supervised import SupervisedAttempt, wait_for
 
 from internvl_core.contract import METRICS_FILE
-from internvl_core.process_tree import find_descendants
+from internvl_core.supervision.process_tree import find_descendants
 from tasks.launch import RunningStage
 
 pytestmark = pytest.mark.integration

@@ -25,7 +25,7 @@ from supervised import (
 
 from internvl_core.contract import LOG_FILE, SUPERVISOR_SOCKET_VARIABLE, StageFailure
 from internvl_core.errors import InternVLError, LeaseHeld, NonFinite, Preempted, WorkerLost
-from internvl_core.ranks import Ranks
+from internvl_core.supervision.ranks import Ranks
 
 pytestmark = pytest.mark.integration
 
@@ -195,7 +195,7 @@ def test_a_rank_in_a_group_of_others_kills_only_itself(attempt):
 def test_a_supervisor_that_is_held_up_holds_up_no_rank(tmp_path):
     code = """
 import time
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.supervisor_link import SupervisorLink
 link = SupervisorLink.connect()
 started = time.monotonic()

@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 
 from internvl_core.data.quarantine import BadSample
 from internvl_core.errors import DataError, Reason, StoreUnavailable
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.callbacks import (
     EMA_DECAY,
     CommitCallback,

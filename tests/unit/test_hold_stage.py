@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from internvl_core.errors import LeaseHeld
-from internvl_core.watchdog import Limits
+from internvl_core.supervision.watchdog import Limits
 from tasks.hold_stage import hold_stage
 from tasks.launch import launch_command
 

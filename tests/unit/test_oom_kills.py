@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from internvl_core import oom_kills
-from internvl_core.oom_kills import OomKills
+from internvl_core.supervision import oom_kills
+from internvl_core.supervision.oom_kills import OomKills
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from internvl_core.contract import LOG_FILE
-from internvl_core.post_mortem import TORCHELASTIC_FILE, explain_exit, explain_stop
+from internvl_core.supervision.post_mortem import TORCHELASTIC_FILE, explain_exit, explain_stop
 
 REPORT = """\
 step 3 loss 1.2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvl_core.progress import Kind, Message, Phase
+from internvl_core.supervision.progress import Kind, Message, Phase
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from internvl_core.progress import STOP, Kind, Message
-from internvl_core.ranks import Ranks
+from internvl_core.supervision.progress import STOP, Kind, Message
+from internvl_core.supervision.ranks import Ranks
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from internvl_core.stop_signals import StopSignals
+from internvl_core.supervision.stop_signals import StopSignals
 
 
 @pytest.mark.parametrize(

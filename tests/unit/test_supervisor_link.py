@@ -1,7 +1,7 @@
 """A rank without a supervisor."""
 
 from internvl_core.contract import SUPERVISOR_SOCKET_VARIABLE
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.supervisor_link import SupervisorLink
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from internvl_core.progress import Phase
-from internvl_core.watchdog import Limits, Stall, Watchdog
+from internvl_core.supervision.progress import Phase
+from internvl_core.supervision.watchdog import Limits, Stall, Watchdog
 
 LIMITS = Limits(setup_s=100, stall_s=10, save_s=40)
 

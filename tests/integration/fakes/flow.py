@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from internvl_core.watchdog import Limits
+from internvl_core.supervision.watchdog import Limits
 from tasks.launch import launch_command
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from internvl_core.contract import StageFailure
 from internvl_core.errors import Preempted
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.supervisor_link import SupervisorLink
 
 STEP_S = 0.05

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from internvl_core.contract import STATE_FILE, StageFailure
 from internvl_core.errors import Preempted
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 from internvl_core.train.supervisor_link import SupervisorLink
 
 POLL_S = 0.02

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 
-from internvl_core.progress import STOP, Kind, Message
+from internvl_core.supervision.progress import STOP, Kind, Message
 
 logger = logging.getLogger(__name__)
 

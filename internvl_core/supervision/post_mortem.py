@@ -14,8 +14,8 @@ from pathlib import Path
 
 from internvl_core.contract import FAILURE_FILE, LOG_FILE, RESULT_FILE, StageFailure
 from internvl_core.errors import InternVLError, OutOfMemory, Preempted, Stalled, WorkerLost, find_error_class_of_code
-from internvl_core.progress import Phase
-from internvl_core.watchdog import Stall
+from internvl_core.supervision.progress import Phase
+from internvl_core.supervision.watchdog import Stall
 
 TORCHELASTIC_FILE = "torchelastic_error.json"
 """Where torchrun copies the error file of the first failing rank, if that rank could write one."""

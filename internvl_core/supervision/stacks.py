@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from internvl_core.contract import get_stacks_path
-from internvl_core.progress import STACKS_SIGNAL
+from internvl_core.supervision.progress import STACKS_SIGNAL
 
 _PATIENCE_S = 3.0
 _POLL_S = 0.1

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from internvl_core.attempt_lock import hold_attempt
 from internvl_core.contract import (
     FAILURE_FILE,
     LOG_FILE,
@@ -45,8 +44,9 @@ from internvl_core.contract import (
     write_json_atomically,
 )
 from internvl_core.errors import ArgumentError, InternVLError, find_error_class
-from internvl_core.oom_kills import OomKills
-from internvl_core.post_mortem import (
+from internvl_core.supervision.attempt_lock import hold_attempt
+from internvl_core.supervision.oom_kills import OomKills
+from internvl_core.supervision.post_mortem import (
     TORCHELASTIC_FILE,
     explain_exit,
     explain_idle_stop,
@@ -55,12 +55,12 @@ from internvl_core.post_mortem import (
     explain_stop,
     name_memory,
 )
-from internvl_core.process_tree import adopt_orphans, is_held, kill_descendants, reap, start_owned
-from internvl_core.progress import Kind, Message
-from internvl_core.ranks import Ranks
-from internvl_core.stacks import collect_stacks
-from internvl_core.stop_signals import STOP_SIGNALS, StopSignals
-from internvl_core.watchdog import Limits, Watchdog
+from internvl_core.supervision.process_tree import adopt_orphans, is_held, kill_descendants, reap, start_owned
+from internvl_core.supervision.progress import Kind, Message
+from internvl_core.supervision.ranks import Ranks
+from internvl_core.supervision.stacks import collect_stacks
+from internvl_core.supervision.stop_signals import STOP_SIGNALS, StopSignals
+from internvl_core.supervision.watchdog import Limits, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ _GRACE_OF_IDLE_STOP_S = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command as the trainer of one attempt; return the exit code that its outcome has in errors.py."""
-    parser = argparse.ArgumentParser(prog="python -m internvl_core.supervisor", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m internvl_core.supervision.supervisor", description=main.__doc__)
     parser.add_argument("--attempt-dir", type=Path, required=True)
     for name in ("--save-budget", "--setup-limit", "--stall-limit"):
         parser.add_argument(name, type=float, required=True, metavar="SECONDS")

@@ -7,7 +7,7 @@ that hangs soon holds up all. Standard library only, without a clock of its own.
 
 from dataclasses import dataclass
 
-from internvl_core.progress import Phase
+from internvl_core.supervision.progress import Phase
 
 _TIMES_LONGEST = 5
 _MAX_TICK_S = 1.0
