@@ -172,6 +172,8 @@ def test_an_explicit_folder_is_gone_on_from_and_no_other(
 def test_it_goes_on_from_a_store_that_a_stage_of_a_pipeline_wrote(
     undisturbed: Hand, arguments: dict[str, Any], s3_bucket_uri: str, tmp_path: Path
 ) -> None:
+    # The final weights count among those that stay.
+    arguments = {**arguments, "save_total_limit": 3}
     stage = run(tmp_path / "1", arguments, num_ranks=1, store_uri=s3_bucket_uri)
     (middle,) = (commit for commit in stage.commits if (commit.step, commit.kind) == (4, CheckpointKind.TRAINING))
     told = {**arguments, "resume_from_checkpoint": middle.checkpoint.uri, "cache_dir": str(tmp_path / "empty")}

@@ -106,6 +106,10 @@ class StateLog(TrainerCallback):
 
 
 def fill(folder: str, left_bytes: int) -> None:
+    # A checkpoint that is sent, and removed in the middle of the save, would make room for it.
+    end = time.monotonic() + 60
+    while any(Path(folder).glob("output/checkpoint-*")) and time.monotonic() < end:
+        time.sleep(0.02)
     os.truncate(descriptor := os.open(f"{folder}/filler", os.O_CREAT | os.O_WRONLY), 0)
     os.posix_fallocate(descriptor, 0, shutil.disk_usage(folder).free - left_bytes)
 
