@@ -81,3 +81,10 @@ def test_the_wait_is_told_as_a_share_of_the_time_of_all_ranks(world_size: int) -
     # Each rank waited for 25 ms of 50.
     meter.add([0, 0, 0, world_size * 25_000], Step([], 0.0, {}))
     assert meter.read(0.05)["data_wait_pct"] == pytest.approx(50)
+
+
+def test_every_batch_that_is_waited_for_is_told() -> None:
+    told: list[int] = []
+    meter = StepMeter(Share(0, 1, 1, 1), None, tell=lambda: told.append(len(told)))
+    assert list(meter.time_waits(iter("abc"))) == ["a", "b", "c"]
+    assert told == [0, 1, 2]
