@@ -1,6 +1,7 @@
 """What checkpoints cost a training that goes well, and what they save of one that is killed.
 
-    python benchmarks/bench_survival.py [--hidden-size 768] [--steps 24] [--repeats 3] [--kills 5] [--kill-steps 300]
+    python benchmarks/bench_survival.py [--hidden-size 768] [--steps 24] [--repeats 3] [--kills 5]
+        [--kill-hidden-size 512] [--kill-steps 300]
 
 Stall: a model is trained on one rank and saved every few steps to S3 over HTTP (moto, a process of its own).
 "background" is the trainer as it is; "blocking" waits at each save until the store has it and has read it back.

@@ -82,7 +82,7 @@ class StageCommits:
             layout: files of a training checkpoint of this run.
             metrics: the loss curve, committed beside the weights; lies in the attempt's directory.
             limits: how long training bears with the store.
-            save_total_limit: training checkpoints that stay in the store, two at the least; None: all.
+            save_total_limit: checkpoints that stay in the store, final weights included, two at the least; None: all.
         """
         self._store = StageStore(stage.store_uri, stage.stage, stage.fingerprint)
         self._stage = stage
