@@ -1,13 +1,15 @@
 """What both flows do: take a recipe's stages in order, each from the checkpoint of the one before."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as running_flow
+from prefect.states import Cancelled
 
 from flows.console import shorten_errors
 from flows.provenance import collect_tags
@@ -16,6 +18,7 @@ from internvl_core.checkpoint.store import resolve_checkpoint
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError
 from tasks.build_smoke_inputs import build_smoke_inputs
+from tasks.cancel_watch import RunCancelled
 from tasks.check_gate import check_gate
 from tasks.check_inputs import check_inputs
 from tasks.index_data import index_data
@@ -47,8 +50,26 @@ def name_run() -> str:
     return Path(running_flow.parameters["recipe"]).stem
 
 
-def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
-    """Check everything, then train stage after stage; what was trained is reported however it ends."""
+def run_stages(
+    recipe: Recipe, *, only_stages: Sequence[str] | None = None, is_fresh: bool = False
+) -> RecipeResult | State[RecipeResult]:
+    """Check everything, then train stage after stage; what was trained is reported however it ends.
+
+    Args:
+        recipe: with the stages to train, and before them those whose results they start from.
+        only_stages: those to train; the others have to be finished. None or none: all.
+        is_fresh: train even what is finished.
+
+    Returns:
+        What was trained; the state Cancelled if the server said so, and no worker was left to do it.
+    """
+    try:
+        return _run_stages(recipe, only_stages, is_fresh=is_fresh)
+    except RunCancelled as cancelled:
+        return Cancelled(message=str(cancelled))
+
+
+def _run_stages(recipe: Recipe, only_stages: Sequence[str] | None, *, is_fresh: bool) -> RecipeResult:
     # Here and not only in the command: a worker runs the flow without it.
     shorten_errors()
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
@@ -65,6 +86,7 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
     checkpoint = resolve_checkpoint(recipe.start_from) if recipe.start_from else None
     with _track(recipe) as tracker, _report(result, tracker):
         for stage in recipe.stages:
+            is_chosen = not only_stages or stage.name in only_stages
             trained = train(
                 stage,
                 start_from=_find_start(stage, checkpoint),
@@ -72,7 +94,8 @@ def run_stages(recipe: Recipe, *, is_fresh: bool) -> RecipeResult:
                 store_uri=recipe.store,
                 tracker=tracker,
                 tries=StageTries(stage.name, len(recipe.retry_delays_s)),
-                is_fresh=is_fresh,
+                is_fresh=is_fresh and is_chosen,
+                may_train=is_chosen,
             )
             result.trained.append(trained)
             check_gate(trained, stage.gate)
@@ -124,6 +147,7 @@ def _report(result: RecipeResult, tracker: RunTracker) -> Iterator[None]:
             path = recipe.directory / "report.html"
             try:
                 result.report_path = _write_report(result, path, links)
+                tracker.add_file(path)
             except OSError as error:
                 logger.warning("%s: the report could not be written: %s", path, error)
             show_stages(recipe.name, result.trained, links=links)

@@ -1,38 +1,76 @@
 """Keep a second run on this machine out of a stage that is being trained."""
 
 import fcntl
-import os
+import json
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 
+from internvl_core.checkpoint.lease import Owner
 from internvl_core.errors import LeaseHeld
 
 LOCK_FILE = "lock"
 
+_POLL_S = 0.2
+
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def hold_stage(attempts_dir: Path) -> Iterator[int]:
+def hold_stage(attempts_dir: Path, run_id: str, *, patience_s: float) -> Iterator[int]:
     """Hold the directory of a stage's attempts.
 
     Yields the descriptor of the lock. The kernel lets go when nobody has it open any more: a
     supervisor that inherits it keeps the stage while its ranks still save for a flow that is dead.
+
+    Args:
+        attempts_dir: of the stage; made if need be.
+        run_id: of who wants it, for the message to others.
+        patience_s: how long to wait for the ranks of a run that is gone, which save and leave by themselves.
 
     Raises:
         LeaseHeld: another run trains the very same stage in the same workspace.
     """
     attempts_dir.mkdir(parents=True, exist_ok=True)
     with (attempts_dir / LOCK_FILE).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "a run that is just starting"
-            raise LeaseHeld(
-                f"{attempts_dir.name} is being trained by {holder}. Wait for it, and its result is found; or stop it."
-            ) from None
+        end = time.monotonic() + patience_s
+        is_told = False
+        while not _take(file):
+            holder, is_gone = _read_holder(file)
+            if not is_gone or time.monotonic() > end:
+                raise LeaseHeld(
+                    f"{attempts_dir.name} is being trained by {holder}. Wait, and its result is found; or stop it."
+                )
+            if not is_told:
+                logger.info("%s: %s is gone, and its ranks still save; waiting for them.", attempts_dir.name, holder)
+                is_told = True
+            time.sleep(_POLL_S)
         file.truncate(0)
-        file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+        file.write(json.dumps({"owner": asdict(Owner.of_this_process(run_id)), "since": time.time()}))
         file.flush()
         yield file.fileno()
+
+
+def _take(file: TextIOWrapper) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_holder(file: TextIOWrapper) -> tuple[str, bool]:
+    """Read who holds the stage, and whether that process is gone; one that just starts has not written it yet."""
+    file.seek(0)
+    try:
+        content = json.loads(file.read())
+    except ValueError:
+        return "a run that is just starting", False
+    owner = Owner(**content["owner"])
+    since = datetime.fromtimestamp(content["since"], UTC)
+    return f"{owner} since {since:%Y-%m-%d %H:%M:%S} UTC", owner.is_alive() is False

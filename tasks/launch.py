@@ -1,7 +1,7 @@
 """Start a stage's trainer under its supervisor, and watch it through the files of the attempt.
 
 Invariant: whoever leaves the `with` block of a `RunningStage`, by whatever exception, leaves no
-trainer behind; whoever dies inside it closes a pipe, which asks the supervisor to stop.
+trainer behind that trains; whoever dies inside it closes a pipe, which asks the supervisor to stop.
 """
 
 import json
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -88,13 +88,16 @@ def _is_passable(item: str) -> bool:
         return False
 
 
-def launch_stage(stage: StageFile, attempt_dir: Path, *, lock: int | None = None) -> "RunningStage":
+def launch_stage(
+    stage: StageFile, attempt_dir: Path, *, lock: int | None = None, leave_after_s: float | None = None
+) -> "RunningStage":
     """Write stage.json and start the stage; the attempt's directory is made if need be.
 
     Args:
         stage: what to train.
         attempt_dir: where the files of the process boundary go.
         lock: descriptor that stays open until the supervisor is gone (`hold_stage`).
+        leave_after_s: see `RunningStage`.
 
     Raises:
         ArgumentError: see `build_command`; nothing was started.
@@ -103,7 +106,7 @@ def launch_stage(stage: StageFile, attempt_dir: Path, *, lock: int | None = None
     command = build_command(stage, attempt_dir)
     attempt_dir.mkdir(parents=True, exist_ok=True)
     stage.write(attempt_dir)
-    return launch_command(command, attempt_dir, get_limits(stage), lock=lock)
+    return launch_command(command, attempt_dir, get_limits(stage), lock=lock, leave_after_s=leave_after_s)
 
 
 def get_limits(stage: StageFile) -> Limits:
@@ -115,7 +118,12 @@ def get_limits(stage: StageFile) -> Limits:
 
 
 def launch_command(
-    command: Sequence[str], attempt_dir: Path, limits: Limits, *, lock: int | None = None
+    command: Sequence[str],
+    attempt_dir: Path,
+    limits: Limits,
+    *,
+    lock: int | None = None,
+    leave_after_s: float | None = None,
 ) -> "RunningStage":
     """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
     supervisor = [sys.executable, "-m", "internvl_core.supervision.supervisor"]
@@ -135,7 +143,7 @@ def launch_command(
             pass_fds=() if lock is None else (lock,),
         )
     logger.info("supervisor %d runs %s", process.pid, shlex.join(command))
-    return RunningStage(process, attempt_dir, limits.save_s)
+    return RunningStage(process, attempt_dir, limits.save_s, leave_after_s=leave_after_s)
 
 
 class RunningStage:
@@ -143,13 +151,30 @@ class RunningStage:
 
     A context manager: leaving it while the trainer runs, by an exception (Prefect's
     TerminationSignal and KeyboardInterrupt are BaseExceptions) or without one, stops the trainer
-    and waits for it. For the main thread: only that one is told of a cancel.
+    and waits for it, or for so long: then its supervisor sees to the rest. For the main thread: only
+    that one is told of a cancel.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], attempt_dir: Path, save_budget_s: float) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        attempt_dir: Path,
+        save_budget_s: float,
+        *,
+        leave_after_s: float | None = None,
+    ) -> None:
+        """Watch a supervisor.
+
+        Args:
+            process: the supervisor.
+            attempt_dir: of the attempt.
+            save_budget_s: that it was given.
+            leave_after_s: how long leaving the block waits for a stop; None: until it is over.
+        """
         self.process = process
         self.attempt_dir = attempt_dir
         self._save_budget_s = save_budget_s
+        self._leave_after_s = leave_after_s
         self._log = LineTail(attempt_dir / LOG_FILE)
         self._metrics = LineTail(attempt_dir / METRICS_FILE)
 
@@ -166,7 +191,11 @@ class RunningStage:
     ) -> None:
         if self.poll() is None:
             logger.warning("stopping the trainer: %s", kind.__name__ if kind else "nobody watches it any more")
-            self.stop()
+            if self._leave_after_s is None:
+                self.stop()
+            else:
+                self.ask_to_stop()
+                self._has_ended_within(self._leave_after_s)
         self.ask_to_stop()
 
     def poll(self) -> int | None:
@@ -177,9 +206,17 @@ class RunningStage:
         """Return the metrics that were logged since the last call; never blocks."""
         return list(self._parse_metrics())
 
-    def iter_metrics(self, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
-        """Yield metrics as they are logged, until the stage is over and all are read."""
+    def iter_metrics(
+        self, poll_s: float = 0.2, *, check: Callable[[], None] = lambda: None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield metrics as they are logged, until the stage is over and all are read.
+
+        Args:
+            poll_s: between two looks.
+            check: called at each look; what it raises ends the watching.
+        """
         while self.poll() is None:
+            check()
             yield from self._parse_metrics()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(poll_s)

@@ -6,6 +6,7 @@ added. So it may be cut anywhere and begun again. Connecting imports MLflow (sec
 database is migrated by the first call: only the tracker's thread should do either.
 """
 
+import json
 import logging
 import os
 import posixpath
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from tasks.tracking_spool import Progress, StageDelivery, TrackingSpool, read_rows
 
+ARGUMENTS_FILE = "arguments.json"
 KEY_TAG = "internvl.key"
 PARENT_TAG = "mlflow.parentRunId"
 NOT_METRICS = {"step", "time", "max_steps", "eta_s"}
@@ -36,6 +38,9 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 class MlflowDelivery:
@@ -92,6 +97,9 @@ class MlflowDelivery:
                 self._start_stage(event)
             case "finish_stage":
                 self._finish_stage(event)
+            case "artifact":
+                assert self._progress.run_id is not None
+                self._add_artifact(self._progress.run_id, self._spool.find_kept(event["name"]))
             case "close":
                 self._close(event)
 
@@ -110,6 +118,9 @@ class MlflowDelivery:
         if stage is None:
             stage = self._progress.stages[event["key"]] = StageDelivery(event["name"], run_id, None)
         stage.metrics_path = event["metrics_path"]
+        self._add_data(run_id, event.get("data", []))
+        # Params are cut at 6000 characters, and are strings.
+        self._add_artifact(run_id, self._write_arguments(event))
 
     def _finish_stage(self, event: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -171,6 +182,33 @@ class MlflowDelivery:
         missing = {key: value for key, value in params.items() if key not in run.data.params}
         self._log(run.info.run_id, params=missing, tags=event["tags"])
         return str(run.info.run_id)
+
+    def _add_data(self, run_id: str, data: Iterable[Mapping[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                # Its digest is short: MLflow has 36 characters for one.
+                Dataset(each["name"][:500], each["digest"][:36], "local", json.dumps({"uri": each["source"]})),
+                [InputTag("mlflow.data.context", each["context"])],
+            )
+            for each in data
+        ]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
+
+    def _write_arguments(self, event: Mapping[str, Any]) -> Path:
+        path = self._spool.find_kept(event["key"]) / ARGUMENTS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(event["params"], indent=2, sort_keys=True) + "\n")
+        return path
+
+    def _add_artifact(self, run_id: str, file: Path) -> None:
+        """Send a file; artifacts may lie on another server than metrics, which must not wait for it."""
+        try:
+            self._client.log_artifact(run_id, str(file))
+        except Exception as error:  # noqa: BLE001  of MLflow, of an SDK of a store, of the file system
+            logger.warning("MLflow has not got %s: %s: %s", file, type(error).__name__, error)
 
     def _find_run(self, experiment_id: str, key: str, *, parent_id: str | None) -> Any:
         query = f"tags.`{KEY_TAG}` = '{_clean_key(key)}'"

@@ -4,6 +4,7 @@ Text stays text. Colours are CSS variables of the page, so one drawing serves li
 paper; panels carry names, so nothing is told by colour alone. matplotlib's pyplot is not used.
 """
 
+import base64
 import html
 import io
 import math
@@ -31,6 +32,11 @@ _TEXT, _GRID = "#010101", "#010102"
 _COLOURS = tuple(f"#0101{number + 16:02x}" for number in range(NUM_STAGE_COLOURS))
 _VARIABLES = {_TEXT: "--text", _GRID: "--line"} | {
     colour: f"--stage-{number + 1}" for number, colour in enumerate(_COLOURS)
+}
+# Those of the page in light.
+_PALETTE = {"--text": "#1c2430", "--line": "#dde1e7"} | {
+    f"--stage-{number}": colour
+    for number, colour in enumerate(("#2b6cb0", "#c2580c", "#15803d", "#7c3aad", "#0e7490", "#a16207"), 1)
 }
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -119,6 +125,13 @@ def draw_scores(scores: Sequence[Scores], *, is_narrow: bool) -> str:
             _draw_score_panel(panel, scores[number])
         names = ", ".join(score.dataset for score in scores)
         return _write_svg(figure, prefix=f"scores-{is_narrow:d}-", label=f"Held-out accuracy by stage on: {names}")
+
+
+def write_picture(svg: str) -> str:
+    """Make a drawing a picture that needs no page, with colours of its own, on white; returns a `data:` URI."""
+    style = ";".join(f"{variable}:{colour}" for variable, colour in _PALETTE.items())
+    picture = svg.replace("<svg", f'<svg style="background:#ffffff;{style}"', 1)
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
 
 
 def _draw_loss_panel(panel: Any, curve: LossCurve, colour: str) -> None:

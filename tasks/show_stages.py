@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from prefect.artifacts import create_markdown_artifact
 
+from tasks.loss_curves import find_curves
+from tasks.report_figures import draw_losses, write_picture
 from tasks.stage_table import COLUMNS, stage_rows
 from tasks.trained_stage import TrainedStage
 
@@ -17,7 +19,7 @@ def show_stages(recipe: str, stages: Sequence[TrainedStage], *, links: Mapping[s
     try:
         create_markdown_artifact(
             key=write_key("stages", recipe),
-            markdown=write_markdown(stages, links),
+            markdown=write_markdown(stages, links, picture=_draw(stages)),
             description=f"Stages of {recipe}",
         )
     except Exception as error:  # noqa: BLE001  whatever Prefect throws: the stages are trained
@@ -29,15 +31,21 @@ def write_key(*parts: str) -> str:
     return re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-def write_markdown(stages: Sequence[TrainedStage], links: Mapping[str, str]) -> str:
-    """Write the table, a row a stage, and the links below it."""
+def write_markdown(stages: Sequence[TrainedStage], links: Mapping[str, str], *, picture: str | None = None) -> str:
+    """Write the table, a row a stage, the picture of the losses if there is one, and the links."""
     rows = [
         [column.title for column in COLUMNS],
         ["---:" if column.is_number else "---" for column in COLUMNS],
         *([cell.replace("|", r"\|") for cell in row] for row in stage_rows(stages)),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([table, "", *(f"- {name}: {_write_link(target)}" for name, target in links.items())])
+    figure = [f"![Training loss]({picture})", ""] if picture else []
+    return "\n".join([table, "", *figure, *(f"- {name}: {_write_link(target)}" for name, target in links.items())])
+
+
+def _draw(stages: Sequence[TrainedStage]) -> str | None:
+    curves = find_curves(stages)
+    return write_picture(draw_losses(curves, is_narrow=False)) if curves else None
 
 
 def _write_link(target: str) -> str:

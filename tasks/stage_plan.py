@@ -7,7 +7,7 @@ inputs find the same directory in the store, whoever runs them, where, and on ho
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from internvl_core import __version__
 from internvl_core.argument_rules import check_arguments, fingerprint_arguments, resolve_arguments
@@ -24,7 +24,8 @@ from tasks.stage import Stage
 COMPONENTS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path")
 PROJECTOR = "mlp_path"
 """The one component that may be a file."""
-METAS = ("meta_path", "eval_meta_path")
+METAS: dict[str, Literal["training", "evaluation"]] = {"meta_path": "training", "eval_meta_path": "evaluation"}
+"""The arguments that name data, and what for."""
 GRADIENT_ACCUMULATION = "gradient_accumulation_steps"
 RESUME = "resume_from_checkpoint"
 """Read by the plan; ranks find in stage.json what it means."""

@@ -13,7 +13,8 @@ import logging
 import re
 import shlex
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -30,6 +31,17 @@ FAILING_DEADLINE_S = 10.0
 """How long `close` waits for an MLflow that did not answer before: long enough for a restart, short for a run's end."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrackedData:
+    """A data set that a stage was trained or scored on."""
+
+    name: str
+    digest: str
+    source: str
+    """Its path or URI."""
+    context: Literal["training", "evaluation"]
 
 
 class RunTracker:
@@ -109,15 +121,29 @@ class RunTracker:
         return self.run_url or hide_password(self._tracking_uri)
 
     def start_stage(
-        self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str], metrics_path: Path
+        self,
+        name: str,
+        *,
+        key: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        metrics_path: Path,
+        data: Sequence[TrackedData] = (),
     ) -> None:
         """Ask for the stage's run, found by its key or created, and follow its metrics file from now on.
 
         A new attempt of a stage starts it again with the same key and its own metrics file.
         """
         self._stage_keys[name] = key
-        path = str(metrics_path.absolute())
-        self._ask("start_stage", name=name, key=key, params=dict(params), tags=dict(tags), metrics_path=path)
+        self._ask(
+            "start_stage",
+            name=name,
+            key=key,
+            params=dict(params),
+            tags=dict(tags),
+            metrics_path=str(metrics_path.absolute()),
+            data=[asdict(each) for each in data],
+        )
 
     def finish_stage(
         self, name: str, *, metrics: Mapping[str, float], status: RunStatus, tags: Mapping[str, str] | None = None
@@ -128,6 +154,14 @@ class RunTracker:
             logger.warning("MLflow will miss the end of stage %s: it was never started here.", name)
             return
         self._ask("finish_stage", key=key, metrics=dict(metrics), status=status, tags=dict(tags or {}))
+
+    def add_file(self, file: Path) -> None:
+        """Put a file, as it is now, among the run's artifacts."""
+        try:
+            self._ask("artifact", name=self._spool.keep(file))
+        except OSError as error:
+            self._has_lost_event = True
+            logger.warning("MLflow will miss %s: %s", file, error)
 
     def close(self, *, status: RunStatus, deadline_s: float = 30) -> bool:
         """End the run, and stages that are still open, and wait until all is delivered.

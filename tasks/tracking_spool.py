@@ -1,15 +1,17 @@
 """What the tracker was asked to record, on local disk until MLflow has it.
 
-`events.jsonl` only grows: one line for each request, in order. `progress.json` says how far they,
-and the stages' metrics files, were delivered, and into which MLflow runs. A line is in the file
-before the caller goes on, so it survives the death of the process; delivery reads the files and
-nothing else, so it does not matter which process delivers. Standard library only.
+`events.jsonl` only grows: one line for each request, in order; `artifacts/` has the files that go
+with them. `progress.json` says how far they, and the stages' metrics files, were delivered, and
+into which MLflow runs. A line is in the file before the caller goes on, so it survives the death of
+the process; delivery reads the files and nothing else, so it does not matter which process
+delivers. Standard library only.
 """
 
 import fcntl
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from typing import Any
 
 from internvl_core.contract import write_json_atomically
 
+ARTIFACTS_FOLDER = "artifacts"
 EVENTS_FILE = "events.jsonl"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = "lock"
@@ -81,6 +84,17 @@ class TrackingSpool:
         line = json.dumps({"kind": kind, "time": time.time(), **content}, default=str) + "\n"
         with self._events_path.open("a+b", buffering=0) as file:
             file.write(self._end_of_torn_line(file.fileno()) + line.encode())
+
+    def keep(self, file: Path) -> str:
+        """Copy a file into the spool, as it is now; returns its name there."""
+        folder = self.directory / ARTIFACTS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+        return file.name
+
+    def find_kept(self, name: str) -> Path:
+        """Name a file that was kept."""
+        return self.directory / ARTIFACTS_FOLDER / name
 
     def sync(self) -> None:
         """Force the events to the disk, so that they survive the machine too."""

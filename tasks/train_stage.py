@@ -1,9 +1,10 @@
 """Train one stage: skip it if it is finished, resume it if it is begun, else start it."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,22 @@ from prefect.tasks import Task
 from internvl_core.checkpoint.store import StageStore, read_file
 from internvl_core.checkpoint.unsent import publish_unsent
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
-from internvl_core.errors import InternVLError, StoreUnavailable
+from internvl_core.errors import ArgumentError, InternVLError, StoreUnavailable
+from tasks.cancel_watch import CancelWatch
 from tasks.hold_stage import hold_stage
 from tasks.launch import launch_stage, read_step
+from tasks.show_late_save import show_late_save
 from tasks.show_progress import StageProgress
 from tasks.stage import Stage
-from tasks.stage_plan import RESUME, StagePlan, get_cache_dir, plan_stage
+from tasks.stage_plan import METAS, RESUME, StagePlan, get_cache_dir, plan_stage
 from tasks.stage_tries import StageTries
-from tasks.track_run import RunStatus, RunTracker
+from tasks.track_run import RunStatus, RunTracker, TrackedData
 from tasks.trained_stage import TrainedStage
+
+_LEAVE_S = 60.0
+"""How long ranks take to leave once they have saved, killed ones included."""
+_LEAVE_WORKER_S = 20.0
+"""Of the 30 s in which a worker lets a cancelled flow end; the rest is for what the flow itself has to do."""
 
 
 def can_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -53,6 +61,7 @@ def train_stage(
     tracker: RunTracker,
     tries: StageTries,
     is_fresh: bool,
+    may_train: bool = True,
 ) -> TrainedStage:
     """Bring a stage to its handover.
 
@@ -66,13 +75,18 @@ def train_stage(
         tracker: told about arguments, metrics and the outcome; can neither fail nor delay.
         tries: what the tries before this one came to.
         is_fresh: train from the start even if the store has a result or a checkpoint of this stage.
+        may_train: else the stage has to be finished.
 
     Raises:
+        ArgumentError: it is not finished, and may not be trained.
+        RunCancelled: somebody cancelled the run; it is committed as far as it got.
         NoProgress: it failed in ways that a retry can help, but retries brought no newer commit.
         InternVLError: it failed.
     """
     try:
-        return _bring_to_handover(stage, start_from, workspace, store_uri, tracker, tries, is_fresh=is_fresh)
+        return _bring_to_handover(
+            stage, start_from, workspace, store_uri, tracker, tries, is_fresh=is_fresh, may_train=may_train
+        )
     except StoreUnavailable as error:  # Before there was an attempt, too.
         told = tries.note(error, reached=None, committed=None)
         if told is error:
@@ -89,14 +103,20 @@ def _bring_to_handover(
     tries: StageTries,
     *,
     is_fresh: bool,
+    may_train: bool,
 ) -> TrainedStage:
     plan = plan_stage(stage, start_from, cache_dir=get_cache_dir(workspace))
     store = StageStore(store_uri, stage.name, plan.fingerprint)
     attempts_dir = workspace / "attempts" / f"{stage.name}-{plan.fingerprint[:16]}"
     run_id = flow_run.id or uuid.uuid4().hex
     handover = None if is_fresh else store.find_handover()
+    if handover is None and not may_train:
+        raise ArgumentError(
+            f"stages: {stage.name} is not among the stages to run, and {store.uri} has no result of it with these "
+            "inputs. Add it, or give start_from."
+        )
     if handover is None:
-        with hold_stage(attempts_dir) as lock:
+        with hold_stage(attempts_dir, run_id, patience_s=stage.save_budget_s + _LEAVE_S) as lock:
             # Another run may have finished it since.
             handover = None if is_fresh else store.find_handover()
             if handover is None:
@@ -112,20 +132,33 @@ def _bring_to_handover(
                 stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
                     result = _try(stage_file, attempt_dir, lock, store, tries)
-                    tracked.update(result.metrics)
+                    tracked.note(result)
                 return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
     attempts_dir.mkdir(parents=True, exist_ok=True)
     with _track(tracker, plan, store.uri, attempts_dir, curve="") as tracked:
         trained = _find_trained(stage, *handover, attempts_dir)
-        tracked.update(trained.result.metrics)
+        tracked.note(trained.result)
     return trained
 
 
+@dataclass
+class _Outcome:
+    """What MLflow is told at the end of a stage."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def note(self, result: StageResult) -> None:
+        self.metrics.update(result.metrics)
+        self.tags |= {
+            "internvl.checkpoint": result.checkpoint.uri,
+            "internvl.checkpoint_digest": result.checkpoint.digest,
+        }
+
+
 @contextmanager
-def _track(
-    tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, curve: str
-) -> Iterator[dict[str, float]]:
-    """Track a stage; its caller fills in the metrics of the result.
+def _track(tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, curve: str) -> Iterator[_Outcome]:
+    """Track a stage; its caller notes the result.
 
     A stage trained afresh is another `curve`; one that is resumed goes on with its own.
     """
@@ -136,11 +169,15 @@ def _track(
         params=plan.values,
         tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store_uri},
         metrics_path=directory / METRICS_FILE,
+        data=[
+            TrackedData(Path(plan.values[name]).stem, digest, plan.values[name], METAS[name])
+            for name, digest in plan.inputs["data"].items()
+        ],
     )
     status: RunStatus = "FAILED"
-    metrics: dict[str, float] = {}
+    outcome = _Outcome()
     try:
-        yield metrics
+        yield outcome
         status = "FINISHED"
     except Exception:
         raise
@@ -148,7 +185,7 @@ def _track(
         status = "KILLED"
         raise
     finally:
-        tracker.finish_stage(name, metrics=metrics, status=status)
+        tracker.finish_stage(name, metrics=outcome.metrics, status=status, tags=outcome.tags)
 
 
 def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path) -> TrainedStage:
@@ -220,7 +257,17 @@ def _run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageRe
     num_ranks = stage_file.launcher["nnodes"] * stage_file.launcher["nproc_per_node"]
     get_run_logger().info("%s: starting %d ranks; log in %s", stage_file.stage, num_ranks, attempt_dir)
     progress = StageProgress(stage_file.stage)
-    with launch_stage(stage_file, attempt_dir, lock=lock) as running:
-        for line in running.iter_metrics():
-            progress.show(line)
-        return running.result()
+    running = launch_stage(stage_file, attempt_dir, lock=lock, leave_after_s=_LEAVE_WORKER_S if _has_worker() else None)
+    try:
+        with CancelWatch(flow_run.id) as watch, running:
+            for line in running.iter_metrics(check=watch.check):
+                progress.show(line)
+            return running.result()
+    finally:
+        if running.poll() is None:
+            show_late_save(stage_file.stage, attempt_dir, stage_file.save_budget_s)
+
+
+def _has_worker() -> bool:
+    """Tell whether a worker started this flow, which kills it 30 s after a cancel."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ

@@ -1,7 +1,6 @@
 """Write what a run did as one HTML file that needs nothing else: no network, no script, no other file."""
 
 import html
-import math
 import os
 import platform
 import re
@@ -13,9 +12,9 @@ from pathlib import Path
 from string import Template
 from urllib.parse import urlsplit
 
-from tasks.report_figures import LossCurve, Scores, draw_losses, draw_scores
+from tasks.loss_curves import find_curves
+from tasks.report_figures import Scores, draw_losses, draw_scores
 from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, stage_rows
-from tasks.tracking_spool import read_rows
 from tasks.trained_stage import TrainedStage
 
 ACCURACY = "accuracy"
@@ -117,7 +116,7 @@ def _class_of(is_number: bool) -> str:
 
 
 def _write_figures(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str, float]]) -> Iterable[str]:
-    curves = [curve for stage in stages if (curve := _find_curve(stage))]
+    curves = find_curves(stages)
     if curves:
         missing = [stage.name for stage in stages if stage.name not in {curve.stage for curve in curves}]
         note = f" No log of {', '.join(missing)} is on this machine." if missing else ""
@@ -140,15 +139,6 @@ def _write_section(title: str, about: str, wide: str, narrow: str, after: str = 
         f'<section><h2>{html.escape(title)}</h2><p class="soft">{html.escape(about)}</p>'
         f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>{after}</section>'
     )
-
-
-def _find_curve(stage: TrainedStage) -> LossCurve | None:
-    """Read the losses of a stage; of a step that was logged twice, after a resume, the later one."""
-    rows, _ = read_rows(stage.metrics_path, 0)
-    logged = [(int(row["step"]), row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
-    losses = {step: float(loss) for step, loss in logged if math.isfinite(loss)}
-    steps = sorted(losses)
-    return LossCurve(stage.name, steps, [losses[step] for step in steps]) if steps else None
 
 
 def _collect_scores(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str, float]]) -> list[Scores]:

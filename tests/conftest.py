@@ -122,9 +122,11 @@ def launch(attempt: SupervisedAttempt) -> Iterator[Callable[..., RunningStage]]:
         save_budget_s: float = DEADLINE_S,
         setup_limit_s: float = 10 * DEADLINE_S,
         stall_limit_s: float = 10 * DEADLINE_S,
+        leave_after_s: float | None = None,
     ) -> RunningStage:
         limits = Limits(setup_s=setup_limit_s, stall_s=stall_limit_s, save_s=save_budget_s)
-        running = launch_command([str(item) for item in command], attempt.directory, limits)
+        words = [str(item) for item in command]
+        running = launch_command(words, attempt.directory, limits, leave_after_s=leave_after_s)
         launched.append(running)
         return running
 

@@ -379,3 +379,17 @@ def test_every_argument_reaches_the_command_literally(attempt, launch):
 
     assert wait_for_exit(running) == 0
     assert json.loads((attempt.directory / "argv.json").read_text()) == items
+
+
+def test_a_save_that_outlasts_the_flow_is_finished_without_it(attempt, launch):
+    running = launch_ranks(launch, attempt, "--save_s=3", save_budget_s=600, leave_after_s=0.5)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), running:
+        raise KeyboardInterrupt
+    assert running.poll() is None
+    assert time.monotonic() - began < 3
+    assert not attempt.has_saved()
+    wait_for(lambda: running.poll() is not None, "the supervisor ends")
+    assert running.poll() == Preempted.exit_code
+    assert attempt.has_saved()
+    attempt.check_nothing_is_left()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from internvl_core.errors import ArgumentError
-from tasks.track_run import RunTracker, replay
+from tasks.track_run import RunTracker, TrackedData, replay
 
 pytestmark = pytest.mark.integration
 
@@ -122,6 +122,12 @@ class Recorded:
     def series(self, stage: str, metric: str = "loss") -> list[tuple[int, float]]:
         history = self._client.get_metric_history(self.children[stage].info.run_id, metric)
         return [(point.step, point.value) for point in history]
+
+
+def read_artifact(tracking_uri: str, run_id: str, name: str, tmp_path: Path) -> str:
+    from mlflow import MlflowClient
+
+    return Path(MlflowClient(tracking_uri=tracking_uri).download_artifacts(run_id, name, str(tmp_path))).read_text()
 
 
 def losses(first: int, last: int) -> list[tuple[int, float]]:
@@ -422,3 +428,48 @@ def seconds_of(call: Callable[[], object]) -> float:
     start = time.monotonic()
     call()
     return time.monotonic() - start
+
+
+def test_a_stage_has_its_data_and_all_of_its_arguments_and_the_run_has_its_report(
+    database: str, metrics_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").write_text("<p>one</p>")
+    data = [
+        TrackedData("pretrain", "0123456789abcdef" * 4, "/data/pretrain.json", "training"),
+        TrackedData("held_out", "fedcba9876543210" * 4, "s3://bucket/held_out.json", "evaluation"),
+    ]
+    for _ in range(2):  # An attempt after another: nothing is doubled.
+        with open_tracker(database, tmp_path) as tracker:
+            params = {"meta_path": "m" * 9000, "max_steps": 4}
+            tracker.start_stage("stage1", key="stage1-77", params=params, tags={}, metrics_path=metrics_path, data=data)
+            tracker.finish_stage("stage1", metrics={}, status="FINISHED", tags={"internvl.checkpoint": "file:///a"})
+            tracker.add_file(tmp_path / "report.html")
+            # What MLflow gets is the report as it was.
+            (tmp_path / "report.html").write_text("<p>two</p>")
+    recorded = Recorded(database)
+    (parent,), stage = recorded.parents, recorded.children["stage1"]
+    found = {item.dataset.name: (item.dataset.digest, item.tags[0].value) for item in stage.inputs.dataset_inputs}
+    assert found == {
+        "pretrain": ("0123456789abcdef0123456789abcdef0123", "training"),
+        "held_out": ("fedcba9876543210fedcba9876543210fedc", "evaluation"),
+    }
+    assert len(stage.data.params["meta_path"]) == 6000
+    arguments = json.loads(read_artifact(database, stage.info.run_id, "arguments.json", tmp_path))
+    assert arguments == {"meta_path": "m" * 9000, "max_steps": 4}
+    assert stage.data.tags["internvl.checkpoint"] == "file:///a"
+    assert read_artifact(database, parent.info.run_id, "report.html", tmp_path) == "<p>two</p>"
+
+
+def test_a_store_of_artifacts_that_fails_holds_up_no_metrics(
+    database: str, metrics_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    # Nobody serves a bucket there.
+    MlflowClient(tracking_uri=database).create_experiment(EXPERIMENT, artifact_location="nowhere://bucket/artifacts")
+    write_steps(metrics_path, 1, 3)
+    with caplog.at_level(logging.WARNING), open_tracker(database, tmp_path) as tracker:
+        start_stage(tracker, metrics_path)
+        tracker.finish_stage("stage1", metrics={}, status="FINISHED")
+    assert Recorded(database).series("stage1") == losses(1, 3)
+    assert any("MLflow has not got" in message for message in caplog.messages)

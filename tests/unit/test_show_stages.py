@@ -1,7 +1,11 @@
 """What the Prefect UI shows of a run, and that it can never fail one."""
 
+import base64
+import json
 import logging
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,6 +43,17 @@ def test_the_table_has_a_row_a_stage_and_links_below() -> None:
     assert lines[2].startswith(r"| stage1\|x | trained | 4 |")
     assert lines[2].endswith(f"| {URI} |")
     assert lines[-2:] == ["- MLflow: <http://m/1>", "- Store: `file:///store`"]
+
+
+def test_the_losses_are_a_picture_that_needs_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("tasks.show_stages.create_markdown_artifact", lambda markdown, **_: shown.append(markdown))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "time": step, "loss": 9 / step}) + "\n" for step in (1, 2, 3)))
+    show_stages("smoke", [replace(train(), metrics_path=path)], links={})
+    (encoded,) = re.findall(r"^!\[Training loss\]\(data:image/svg\+xml;base64,(\S+)\)$", shown[0], re.MULTILINE)
+    svg = base64.b64decode(encoded).decode()
+    assert set(re.findall(r"var\((--[\w-]+)\)", svg)) <= set(re.findall(r"(--[\w-]+):#", svg))
 
 
 def test_a_server_that_refuses_costs_a_warning(

@@ -1,0 +1,67 @@
+"""Hear of a cancel from the Prefect server itself.
+
+A cancel reaches a flow as a signal from its worker. A run whose worker was killed gets none: it would train on, while
+the server calls it Cancelled after five minutes. Only a cancel counts: a run may be called Crashed for a heartbeat
+that was lost, and that is no reason to end weeks of training.
+"""
+
+import logging
+import threading
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.settings import get_current_settings
+
+POLL_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class RunCancelled(BaseException):
+    """Somebody cancelled the flow run; like Prefect's own signal no Exception, for it is no failure."""
+
+
+class CancelWatch:
+    """Asks for the state of a flow run now and then, in a thread of its own; the server may be slow or gone."""
+
+    def __init__(self, flow_run_id: str | None) -> None:
+        """Ask nothing yet.
+
+        Args:
+            flow_run_id: None where there is no flow; then, and with the embedded server, nobody is asked.
+        """
+        self._id = UUID(flow_run_id) if flow_run_id and get_current_settings().api.url else None
+        self._is_told = threading.Event()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="cancel-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._id is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+
+    def check(self) -> None:
+        """Raise RunCancelled if the run was cancelled."""
+        if self._is_told.is_set():
+            raise RunCancelled("The run was cancelled.")
+
+    def _ask(self) -> None:
+        assert self._id is not None
+        with get_client(sync_client=True) as client:
+            while not self._is_over.wait(POLL_S):
+                try:
+                    state = client.read_flow_run(self._id).state
+                except Exception as error:  # noqa: BLE001  whatever the client throws: training goes on without an answer
+                    logger.debug("The state of the run is not known: %s: %s", type(error).__name__, error)
+                    continue
+                if state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED):
+                    self._is_told.set()
+                    return
