@@ -3,18 +3,46 @@
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 
+from flows.parameters import (
+    CheckpointUri,
+    Processes,
+    RecipeSource,
+    StageNames,
+    StoreUri,
+    TrackingUri,
+    merge_overrides,
+)
 from flows.recipe import load_recipe
 from flows.stages import RecipeResult, name_run, run_stages
 
 
 @flow(name="pretrain", flow_run_name=name_run)
-def pretrain(recipe: str, overrides: dict[str, Any] | None = None, is_fresh: bool = False) -> RecipeResult:
-    """Train all stages of a recipe, each from the checkpoint of the one before.
+def pretrain(
+    recipe: RecipeSource,
+    stages: StageNames | None = None,
+    start_from: CheckpointUri | None = None,
+    overrides: dict[str, Any] | None = None,
+    launcher: Processes | None = None,
+    store_uri: StoreUri | None = None,
+    tracking_uri: TrackingUri | None = None,
+    is_fresh: bool = False,
+) -> RecipeResult | State[RecipeResult]:
+    """Train the stages of a recipe, each from the checkpoint of the one before.
 
     Args:
-        recipe: Name of a shipped recipe, or path of a YAML file.
+        recipe: A shipped recipe, or the path of a YAML file on the machine that trains.
+        stages: Names of the stages to train, one after another. The stages before them must be finished, or start_from
+            given. Default: all.
+        start_from: URI of the checkpoint that the first of them starts from. Default: what the recipe says.
         overrides: Dotted path to value, such as {"stages.stage2.arguments.max_steps": 100}.
-        is_fresh: Train every stage again, even those whose inputs did not change.
+        launcher: Processes of all stages that name none of their own. Default: the recipe's.
+        store_uri: Where checkpoints go, such as s3://bucket/runs. Default: the recipe's.
+        tracking_uri: MLflow, such as http://127.0.0.1:5000. Default: the recipe's, or the worker's MLFLOW_TRACKING_URI.
+        is_fresh: Train these stages again, even those whose inputs did not change.
     """
-    return run_stages(load_recipe(recipe, overrides), is_fresh=is_fresh)
+    given = merge_overrides(
+        overrides, start_from=start_from, launcher=launcher, store_uri=store_uri, tracking_uri=tracking_uri
+    )
+    return run_stages(load_recipe(recipe, given, only_stages=stages), only_stages=stages, is_fresh=is_fresh)

@@ -1,6 +1,7 @@
 """Recipes: an ordered list of stages, read from YAML, with overrides, and refused early when wrong."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,7 +32,9 @@ class Recipe(BaseModel):
         "the current directory. `{workspace}` in any argument stands for it.",
     )
     store_uri: str | None = Field(None, description="fsspec URI for checkpoints; default: `store` in the workspace.")
-    tracking_uri: str | None = Field(None, description="MLflow; default: an SQLite file in the workspace.")
+    tracking_uri: str | None = Field(
+        None, description="MLflow; default: MLFLOW_TRACKING_URI, or else an SQLite file in the workspace."
+    )
     smoke_inputs: bool = Field(False, description="Make the digits data set and the tiny components in the workspace.")
     start_from: str | None = Field(None, description="Checkpoint URI that the first stage starts from.")
     launcher: Launcher = Field(default=Launcher(), description="Processes of every stage that says no other.")
@@ -91,7 +94,8 @@ class Recipe(BaseModel):
 
     @property
     def tracking(self) -> str:
-        return self.tracking_uri or f"sqlite:///{self.workspace}/mlflow.db"
+        given = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return given or f"sqlite:///{self.workspace}/mlflow.db"
 
 
 def list_recipes() -> list[str]:
@@ -99,12 +103,16 @@ def list_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in SHIPPED.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    source: str, overrides: Mapping[str, Any] | None = None, *, only_stages: Sequence[str] | None = None
+) -> Recipe:
     """Read a recipe by shipped name or path of a YAML file, and apply overrides.
 
     Args:
         source: `smoke`, or `path/to/recipe.yaml`.
         overrides: dotted path to value; a stage is addressed by its name: `stages.stage2.arguments.max_steps`.
+        only_stages: names of the stages to train, one after another in the recipe; None or none: all. Those behind
+            them are dropped, those before them too where the overrides have a checkpoint to start from.
 
     Raises:
         ArgumentError: no such recipe, or all that is wrong with it, one problem a line.
@@ -115,6 +123,9 @@ def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Reci
         raise ArgumentError(f"{where}: should be a mapping with name, workspace and stages.")
     for path, value in (overrides or {}).items():
         apply_override(content, path, value)
+    if only_stages:
+        has_start = (overrides or {}).get("start_from") is not None
+        content[STAGES] = _select_stages(content, only_stages, has_start=has_start, where=where)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -123,6 +134,25 @@ def load_recipe(source: str, overrides: Mapping[str, Any] | None = None) -> Reci
     # What is wrong in the recipe's defaults is wrong in each stage that has them: said once.
     own = [problem for problem in problems if problem["loc"][0:1] != (STAGES,) or problem["loc"][2:] not in places]
     raise ArgumentError("\n".join(f"{where}: {_describe(problem, content)}" for problem in own))
+
+
+def _select_stages(content: dict[str, Any], only: Sequence[str], *, has_start: bool, where: str) -> Any:
+    """Cut the stages down to those that a run of `only` needs, which is those before them too unless it has a start."""
+    stages = content.get(STAGES)
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return stages  # The check of the recipe says what is wrong.
+    names = [str(stage.get("name")) for stage in stages]
+    for name in only:
+        if name not in names:
+            raise ArgumentError(
+                f"{where}: no stage named {name}{tell_nearest(name, names)}. Stages: {', '.join(names)}."
+            )
+    chosen = [number for number, name in enumerate(names) if name in only]
+    first, last = chosen[0], chosen[-1]
+    if len(chosen) <= last - first:
+        left_out = ", ".join(name for name in names[first:last] if name not in only)
+        raise ArgumentError(f"{where}: stages {', '.join(only)} leave out {left_out} between them. Add it.")
+    return stages[first if has_start else 0 : last + 1]
 
 
 def _read_text(source: str) -> str:

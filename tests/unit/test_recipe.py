@@ -328,3 +328,57 @@ def test_plain_data_reads_as_pyyaml_reads_it(value: Any) -> None:
 
 def test_every_field_of_a_recipe_tells_what_it_is() -> None:
     assert [name for name, field in Recipe.model_fields.items() if not field.description] == []
+
+
+@pytest.fixture
+def longer(tmp_path: Path) -> Path:
+    stage2 = {"name": "stage2", "entry": "pretrain", "arguments": {}}
+    return write(tmp_path, {**RECIPE, "stages": [*RECIPE["stages"], stage2]})
+
+
+@pytest.mark.parametrize(
+    ("only", "start_from", "kept"),
+    [
+        (None, None, ["stage1", "stage1.5", "stage2"]),
+        ([], None, ["stage1", "stage1.5", "stage2"]),
+        (["stage1.5"], None, ["stage1", "stage1.5"]),
+        (["stage1.5"], "/runs/stage1-0123456789abcdef", ["stage1.5"]),
+        (["stage2", "stage1.5"], "/runs/stage1-0123456789abcdef", ["stage1.5", "stage2"]),
+    ],
+)
+def test_a_run_of_some_stages_keeps_them_and_what_they_start_from(
+    longer: Path, only: list[str] | None, start_from: str | None, kept: list[str]
+) -> None:
+    overrides = {"start_from": start_from} if start_from else {}
+    recipe = load_recipe(str(longer), overrides, only_stages=only)
+    assert [stage.name for stage in recipe.stages] == kept
+
+
+def test_a_start_that_the_recipe_names_itself_is_the_first_stage_s_and_cuts_none(tmp_path: Path) -> None:
+    stages = [{"name": name, "entry": "finetune", "arguments": {}} for name in ("first", "second")]
+    path = write(tmp_path, {**RECIPE, "start_from": "/runs/stage2-0123456789abcdef", "stages": stages})
+    recipe = load_recipe(str(path), only_stages=["second"])
+    assert [stage.name for stage in recipe.stages] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["stage3"], "no stage named stage3 (did you mean stage2?). Stages: stage1, stage1.5, stage2."),
+        (["stage1", "stage2"], "stages stage1, stage2 leave out stage1.5 between them. Add it."),
+    ],
+)
+def test_stages_that_are_not_there_or_do_not_follow_one_another_are_refused(
+    longer: Path, only: list[str], message: str
+) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        load_recipe(str(longer), only_stages=only)
+    assert str(caught.value) == f"recipe {longer}: {message}"
+
+
+def test_metrics_go_where_the_recipe_says_or_else_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert load_recipe(str(path)).tracking == "sqlite:////runs/small/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert load_recipe(str(path)).tracking == "http://127.0.0.1:5000"
+    assert load_recipe(str(path), {"tracking_uri": "sqlite:////m.db"}).tracking == "sqlite:////m.db"
