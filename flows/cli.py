@@ -15,8 +15,9 @@ from flows.data_commands import data_app
 from flows.model_commands import convert
 from flows.plan_command import plan
 from flows.repetition import said_once
+from flows.server_commands import deploy, up
 from flows.terminal import leave_terminal
-from internvl_core.errors import ArgumentError, InternVLError
+from internvl_core.errors import ArgumentError, InternVLError, Preempted
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -47,7 +48,10 @@ def run(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=value, such as stages.stage2.arguments.max_steps=100.")
     ] = None,
-    fresh: Annotated[bool, typer.Option(help="Train every stage again, even those that are finished.")] = False,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", help="Train this stage only; repeat it. Those before are finished.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Train these stages again, even those that are finished.")] = False,
     start_from: Annotated[
         str | None, typer.Option(help="URI of the committed checkpoint that the first stage starts from.")
     ] = None,
@@ -61,7 +65,7 @@ def run(
     if start_from is not None:
         overrides["start_from"] = start_from
     # Refuse a wrong recipe before a server is started for it.
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, only_stages=stages)
     check_stage_arguments(loaded.stages, starts_from_checkpoint=loaded.start_from is not None)
     check_launchers(loaded.stages)
 
@@ -73,14 +77,22 @@ def run(
     if home := os.environ.get("PREFECT_HOME"):
         # Prefect makes the last folder of the path only, and then has no place for its database.
         Path(home).expanduser().mkdir(parents=True, exist_ok=True)
+    from prefect.exceptions import CancelledRun
+
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
+    from flows.stages import RecipeResult
 
     quiet_prefect()
     check_server()
     flow = pretrain if loaded.flow == "pretrain" else finetune
-    _print_result(flow(recipe, overrides=overrides, is_fresh=fresh))
+    try:
+        result = flow(recipe, stages=stages, overrides=overrides, is_fresh=fresh)
+    except CancelledRun:
+        raise Preempted("The run was cancelled; it goes on where it is run again.") from None
+    assert isinstance(result, RecipeResult)
+    _print_result(result)
 
 
 @app.command()
@@ -116,6 +128,8 @@ def check(
 
 app.command()(plan)
 app.command()(convert)
+app.command()(up)
+app.command()(deploy)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The flows against a real Prefect server: states, names, logs, artifacts, retries, deployments, a worker."""
+"""The flows against a real Prefect server: states, names, logs, artifacts, retries."""
 
 import json
 import os
@@ -20,7 +20,6 @@ import yaml
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 # The `internvl` command, telling at its end whether torch came in.
 COMMAND = """
 import sys
@@ -112,7 +111,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_until(is_up, "the server did not start", deadline_s=120)
-            yield Server(url, {**environment, "PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"})
+            yield Server(url, {**environment, "PREFECT_API_URL": url})
         finally:
             end(process)
 
@@ -359,50 +358,3 @@ def test_a_finetune_starts_from_a_committed_checkpoint_and_from_no_other(
     (stage_file,) = tmp_path.glob("workspace/attempts/tune-*/1/stage.json")
     start = json.loads(stage_file.read_text())["start_from"]
     assert start["uri"].startswith(f"{get_committed(recipe)}/data/")
-
-
-def run_prefect(server: Server, *arguments: str) -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-    subprocess.run(command, cwd=ROOT, env=server.environment, check=True, capture_output=True, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def deployments(server: Server) -> dict[str, dict[str, Any]]:
-    run_prefect(server, "work-pool", "create", "internvl", "--type", "process")
-    run_prefect(server, "deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
-    return {deployment["name"]: deployment for deployment in server.post("deployments/filter")}
-
-
-def test_the_deployments_are_registered_with_a_description_of_every_parameter(
-    deployments: dict[str, dict[str, Any]],
-) -> None:
-    assert deployments.keys() == {"pretrain", "finetune", "smoke"}
-    assert deployments["smoke"]["parameters"] == {"recipe": "smoke"}
-    for deployment in deployments.values():
-        assert deployment["description"]
-        assert deployment["work_pool_name"] == "internvl"
-        properties = deployment["parameter_openapi_schema"]["properties"]
-        assert {"recipe", "overrides", "is_fresh"} <= properties.keys()
-        assert all(field["description"] for field in properties.values())
-
-
-def test_a_worker_runs_a_deployment_to_its_end(
-    server: Server, recipe: Path, finished: Run, deployments: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    copy = shutil.copy(recipe, tmp_path / "worker.yaml")
-    parameters = {"recipe": str(copy), "overrides": {"arguments.seed": 7}}
-    created = server.post(f"deployments/{deployments['pretrain']['id']}/create_flow_run", parameters=parameters)
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "internvl", "--limit", "1"]
-    with (tmp_path / "worker.log").open("wb") as log:
-        worker = subprocess.Popen(command, env=server.environment, stdout=log, stderr=log, start_new_session=True)
-
-    def find_end() -> str | None:
-        answer = httpx.get(f"{server.url}/flow_runs/{created['id']}", timeout=30).json()
-        return answer["state_type"] if answer["state_type"] in ("COMPLETED", "FAILED", "CRASHED") else None
-
-    try:
-        state = wait_until(find_end, "the worker did not run it", deadline_s=120)
-    finally:
-        end(worker)
-    assert state == "COMPLETED", (tmp_path / "worker.log").read_text()
-    assert server.list_task_runs(created["id"])["stage1"]["state_type"] == "COMPLETED"
