@@ -3,22 +3,38 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_core.errors import ArgumentError, InternVLError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_FILE = ROOT / "deployments" / "prefect.yaml"
+POOL_VARIABLE = "PREFECT_DEFAULT_WORK_POOL_NAME"
+"""Prefect's own; prefect.yaml takes the pool's name from it, for `prefect deploy --all` heeds no `--pool`."""
+
 _LIMIT_S = 180
+_POLL_S = 0.2
 
 
-def register(file: Path, *, api_url: str, pool: str) -> list[str]:
-    """Register all of it on a server; what is there is updated.
+def register(
+    file: Path,
+    *,
+    api_url: str,
+    pool: str,
+    environment: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Register all of it on a server; what is there is updated, but not the settings of the pool.
 
     Args:
         file: the deployments; its flows are looked for from the folder above its own.
         api_url: of the server, ending in /api.
         pool: its workers train.
+        environment: with Prefect's settings; None: this process's.
+        check: called now and then; what it raises ends the registering.
 
     Returns:
         The names of the deployments.
@@ -29,11 +45,14 @@ def register(file: Path, *, api_url: str, pool: str) -> list[str]:
     """
     if not file.is_file():
         raise ArgumentError(f"{file}: no such file of deployments. Give its path by --file.")
-    _run_prefect("work-pool", "create", pool, "--type", "process", "--overwrite", api_url=api_url)
-    output = _run_prefect(
-        "deploy", "--prefect-file", str(file), "--all", api_url=api_url, directory=file.resolve().parents[1]
-    )
-    _run_module("flows.dead_runs", api_url=api_url)
+    inherited = os.environ if environment is None else environment
+    server = _Server(api_url, {**inherited, "PREFECT_API_URL": api_url, POOL_VARIABLE: pool}, check)
+    # Not `create --overwrite`: it would undo what somebody has set.
+    if not server.accepts("prefect", "work-pool", "inspect", pool):
+        server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", "process")
+    deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", str(file.resolve()), "--all")
+    output = server.run(*deploy, directory=file.resolve().parents[1])
+    server.run("flows.dead_runs")
     return sorted(set(_find_deployed(output)))
 
 
@@ -42,30 +61,47 @@ def _find_deployed(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if "Deployment '" in line and line.count("'") >= 2]
 
 
-def _run_prefect(*arguments: str, api_url: str, directory: Path | None = None) -> str:
-    return _run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], api_url, directory)
+@dataclass(frozen=True)
+class _Server:
+    """A Prefect server, to which other processes talk: this one does not wait for the import of Prefect."""
 
+    api_url: str
+    environment: Mapping[str, str]
+    check: Callable[[], None]
 
-def _run_module(module: str, *, api_url: str) -> str:
-    return _run([sys.executable, "-m", module], api_url, None)
+    def run(self, *module: str, directory: Path | None = None) -> str:
+        """Run a module with its arguments; return what it prints."""
+        exit_code, output = self._run(module, directory)
+        if exit_code != 0:
+            raise InternVLError(f"{self.api_url} refused `{' '.join(module)}`:\n{output.rstrip()}")
+        return output
 
+    def accepts(self, *module: str) -> bool:
+        return self._run(module, None)[0] == 0
 
-def _run(command: list[str], api_url: str, directory: Path | None) -> str:
-    environment = {**os.environ, "PREFECT_API_URL": api_url, "COLUMNS": "200", "DO_NOT_TRACK": "1"}
-    try:
-        completed = subprocess.run(
-            command,
+    def _run(self, module: tuple[str, ...], directory: Path | None) -> tuple[int, str]:
+        end = time.monotonic() + _LIMIT_S
+        with subprocess.Popen(
+            [sys.executable, "-m", *module],
             cwd=directory,
-            env=environment,
+            env={**self.environment, "COLUMNS": "200", "DO_NOT_TRACK": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
-            timeout=_LIMIT_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise InternVLError(f"{api_url} has not answered `{' '.join(command[2:])}` in {_LIMIT_S} s.") from None
-    if completed.returncode != 0:
-        raise InternVLError(f"{api_url} refused `{' '.join(command[2:])}`:\n{completed.stdout.rstrip()}")
-    return completed.stdout
+            # A Ctrl-C in a terminal is for this process, which ends the other one.
+            start_new_session=True,
+        ) as process:
+            try:
+                while process.returncode is None:
+                    self.check()
+                    try:
+                        output, _ = process.communicate(timeout=_POLL_S)
+                    except subprocess.TimeoutExpired:
+                        if time.monotonic() > end:
+                            raise InternVLError(
+                                f"{self.api_url} has not answered `{' '.join(module)}` in {_LIMIT_S} s."
+                            ) from None
+            finally:
+                process.kill()
+        return process.returncode, output

@@ -1,44 +1,53 @@
-"""The flow runs at work on this machine's pool, asked of the Prefect server without importing Prefect."""
+"""The flow runs of a work pool, asked of the Prefect server without importing Prefect."""
 
 import time
 from collections.abc import Callable
 
 import httpx
 
-_AT_WORK = ["RUNNING", "PENDING", "CANCELLING"]
+_BEGUN = ["RUNNING", "PENDING", "CANCELLING"]
 _POLL_S = 0.5
 
 
 class LiveRuns:
-    """The runs of a work pool that have begun and not ended."""
+    """The runs of a work pool that have begun and not ended, and the queue of those that have not begun."""
 
     def __init__(self, api_url: str, pool: str) -> None:
         self._api_url = api_url
         self._pool = pool
 
-    def find(self) -> dict[str, str]:
-        """List them: id to name."""
-        wanted = {
-            "work_pools": {"name": {"any_": [self._pool]}},
-            "flow_runs": {"state": {"type": {"any_": _AT_WORK}}},
-        }
-        return {run["id"]: run["name"] for run in self._post("flow_runs/filter", wanted)}
+    def hold_queue(self) -> None:
+        """Pause the pool: what is queued stays so, until `release_queue`."""
+        self._send("PATCH", f"work_pools/{self._pool}", {"is_paused": True})
 
-    def cancel(self) -> None:
-        """Ask each to stop: it saves and commits first."""
-        for run_id in self.find():
-            self._post(f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    def release_queue(self) -> None:
+        """Let workers take what is queued."""
+        self._send("PATCH", f"work_pools/{self._pool}", {"is_paused": False})
+
+    def cancel(self) -> list[str]:
+        """Ask each that is not asked yet to stop, which saves and commits first; return the names of all of them."""
+        begun = self._list_begun()
+        for run in begun:
+            if run["state_type"] != "CANCELLING":
+                self._send("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+        return [run["name"] for run in begun]
 
     def wait(self, give_up: Callable[[], bool]) -> bool:
-        """Wait until none is left; say whether that came."""
-        while self.find():
+        """Cancel until none is left, for a worker may have taken one just before the pause; say whether that came."""
+        while self.cancel():
             if give_up():
                 return False
             time.sleep(_POLL_S)
         return True
 
-    def _post(self, path: str, content: dict[str, object]) -> list[dict[str, str]]:
-        answer = httpx.post(f"{self._api_url}/{path}", json=content, timeout=30)
-        answer.raise_for_status()
-        found: list[dict[str, str]] = answer.json()
+    def _list_begun(self) -> list[dict[str, str]]:
+        wanted = {
+            "work_pools": {"name": {"any_": [self._pool]}},
+            "flow_runs": {"state": {"type": {"any_": _BEGUN}}},
+        }
+        found: list[dict[str, str]] = self._send("POST", "flow_runs/filter", wanted).json()
         return found
+
+    def _send(self, method: str, path: str, content: dict[str, object]) -> httpx.Response:
+        answer = httpx.request(method, f"{self._api_url}/{path}", json=content, timeout=30)
+        return answer.raise_for_status()

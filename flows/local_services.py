@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,16 @@ POOL = "internvl"
 
 _START_LIMIT_S = 180.0
 """The first start makes both databases."""
+_DATABASE_LIMIT_S = 60.0
 _STOP_LIMIT_S = 20.0
 _MAX_REVIVALS = 5
 _REVIVAL_WINDOW_S = 600.0
 _POLL_S = 0.2
 _SHOWN_LINES = 15
+
+_OTHER_SERVERS = ("PREFECT_", "MLFLOW_")
+_PASSWORDS = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"}
+"""For an MLflow that a recipe names."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,6 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     url: str | None = None
     """Answers when it is up; None: it is up when it runs."""
-    is_outlived: bool = False
-    """Its children go on when it ends, and are ended with all the rest; else they are ended before its next start."""
 
 
 class LocalServices:
@@ -58,24 +61,28 @@ class LocalServices:
         self._services: dict[str, Service] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._revived_at: list[float] = []
-        self._outlived: list[subprocess.Popen[bytes]] = []
 
     def start(self, service: Service) -> None:
         """Start a service; returns at once. For the main thread."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **service.environment}
+        environment = build_environment(service.environment)
         self._services[service.name] = service
         self._running[service.name] = start_owned(service.command, self._get_log(service.name), environment)
 
-    def wait_for(self, service: Service) -> None:
+    def wait_for(self, service: Service, *, check: Callable[[], None] = lambda: None) -> None:
         """Wait until a started service answers.
 
+        Args:
+            service: that was started.
+            check: called at each look; what it raises ends the waiting.
+
         Raises:
-            InternVLError: it ended, or does not answer.
+            InternVLError: one of them ended, or it does not answer.
         """
         end = time.monotonic() + _START_LIMIT_S
         while not _answers(service.url):
             self.check()
+            check()
             if time.monotonic() > end:
                 raise InternVLError(
                     f"{service.name} does not answer at {service.url} after {_START_LIMIT_S:.0f} s. "
@@ -86,11 +93,11 @@ class LocalServices:
     def check(self) -> None:
         """Raise if one of the services has ended."""
         for name, process in self._running.items():
-            if process.poll() is not None:
+            if _has_ended(process):
                 log = self._get_log(name)
                 lines = log.read_text(errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
                 shown = "\n  ".join(lines)
-                raise InternVLError(f"{name} ended with {process.returncode}. Log: {log}\n  {shown}")
+                raise InternVLError(f"{name} ended with {_kill_session(process)}. Log: {log}\n  {shown}")
 
     def revive(self) -> list[str]:
         """Start again what has ended; return a line about each.
@@ -100,31 +107,31 @@ class LocalServices:
         """
         told = []
         for name, process in self._running.items():
-            if process.poll() is None:
+            if not _has_ended(process):
                 continue
             now = time.monotonic()
             self._revived_at = [*(at for at in self._revived_at if now - at < _REVIVAL_WINDOW_S), now]
             if len(self._revived_at) > _MAX_REVIVALS:
                 self.check()
-            told.append(f"{name} ended with {process.returncode} and is started again. Log: {self._get_log(name)}")
-            service = self._services[name]
-            if service.is_outlived:
-                self._outlived.append(process)
-            else:
-                # They hold its port.
-                _signal_session(process, signal.SIGKILL)
-            self.start(service)
+            # What it left behind holds its port. Runs of a worker have sessions of their own and go on.
+            exit_code = _kill_session(process)
+            told.append(f"{name} ended with {exit_code} and is started again. Log: {self._get_log(name)}")
+            self.start(self._services[name])
         return told
 
     def stop(self) -> None:
-        """End all of them, the last one first."""
-        for process in [*self._outlived, *reversed(self._running.values())]:
+        """End all of them, the last one first; one that is starting may finish that."""
+        for name, process in reversed(self._running.items()):
+            # MLflow, ended while it makes its tables, refuses that database ever after.
+            end = time.monotonic() + _DATABASE_LIMIT_S
+            while not _has_ended(process) and not _answers(self._services[name].url) and time.monotonic() < end:
+                time.sleep(_POLL_S)
             _signal_session(process, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_LIMIT_S)
+            end = time.monotonic() + _STOP_LIMIT_S
+            while not _has_ended(process) and time.monotonic() < end:
+                time.sleep(_POLL_S)
             # The leader's children too: MLflow's do not always end with it.
-            _signal_session(process, signal.SIGKILL)
-            process.wait()
+            _kill_session(process)
         self._running.clear()
 
     def _get_log(self, name: str) -> Path:
@@ -170,28 +177,57 @@ def describe_worker(directory: Path, *, prefect_url: str, mlflow_url: str) -> Se
         "MLFLOW_TRACKING_URI": mlflow_url,
         "DO_NOT_TRACK": "1",
     }
-    return Service("worker", command, environment, is_outlived=True)
+    return Service("worker", command, environment)
 
 
-def check_port(port: int, option: str) -> None:
-    """Refuse a port that somebody listens on.
+def build_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Build the environment of a process of `up`: its own variables, and what it inherits.
+
+    It inherits no setting of Prefect or MLflow: those in a shell are about other servers, and would move a database
+    or send a run elsewhere. Who wants settings of his own starts the servers himself, for `internvl deploy`.
+    """
+    inherited = {
+        name: value for name, value in os.environ.items() if name in _PASSWORDS or not name.startswith(_OTHER_SERVERS)
+    }
+    return {**inherited, **own}
+
+
+def check_ports(ports: Mapping[str, int]) -> None:
+    """Refuse ports that do not exist, that are given twice or that somebody listens on.
+
+    Args:
+        ports: by the option that gives each.
 
     Raises:
-        ArgumentError: naming the option that gives another one.
+        ArgumentError: naming the option.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ArgumentError(f"{option}: port {port} of {HOST}: {error.strerror}. Give another one.") from None
+    taken: dict[int, str] = {}
+    for option, port in ports.items():
+        if not 1 <= port <= 65535:
+            raise ArgumentError(f"{option}: {port} is no port. Give one from 1 to 65535.")
+        if port in taken:
+            raise ArgumentError(f"{option}: port {port} is that of {taken[port]} too. Give another one.")
+        taken[port] = option
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                raise ArgumentError(f"{option}: port {port} of {HOST}: {error.strerror}. Give another one.") from None
 
 
 @contextmanager
-def told_by_signals(numbers: tuple[signal.Signals, ...]) -> Iterator[Callable[[], int]]:
-    """Have signals told instead of obeyed; yields what counts those that came."""
+def count_signals(numbers: tuple[signal.Signals, ...]) -> Iterator[Callable[[], int]]:
+    """Count signals in place of what they do; yields a function that returns how many have come so far.
+
+    A SIGHUP that is ignored stays so, for that is what `nohup` asks for.
+    """
     came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield lambda: len(came)
     finally:
@@ -208,7 +244,21 @@ def _answers(url: str | None) -> bool:
         return False
 
 
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Tell without reaping it: until `wait` nobody else gets its pid, so its session can still be signalled."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> int:
+    """Kill a service and its children, and reap it; return its exit code."""
+    _signal_session(process, signal.SIGKILL)
+    return process.wait()
+
+
 def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """Signal a service and its children, which share its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)

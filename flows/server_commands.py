@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,12 @@ from flows.local_services import (
     HOST,
     POOL,
     LocalServices,
-    check_port,
+    build_environment,
+    check_ports,
+    count_signals,
     describe_mlflow,
     describe_prefect,
     describe_worker,
-    told_by_signals,
 )
 from internvl_core.errors import ArgumentError
 
@@ -34,36 +36,67 @@ def up(
     file: Annotated[Path, typer.Option(help="The deployments to register.")] = DEFAULT_FILE,
 ) -> None:
     """Start a Prefect server, MLflow and a worker here, with the deployments; Ctrl-C ends them all."""
-    check_port(prefect_port, "--prefect-port")
-    check_port(mlflow_port, "--mlflow-port")
+    check_ports({"--prefect-port": prefect_port, "--mlflow-port": mlflow_port})
     directory = directory.absolute()
     services = LocalServices(directory)
+    # SIGHUP: the terminal was closed.
+    with count_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as count:
+        try:
+            _tell(f"Starting a Prefect server, MLflow and a worker; logs in {directory}")
+            _serve(services, directory, prefect_port, mlflow_port, file, count)
+        except KeyboardInterrupt:
+            _tell("Stopping when the servers have made their databases.")
+            raise
+        finally:
+            services.stop()
+    _tell("Stopped.")
+
+
+def _serve(
+    services: LocalServices,
+    directory: Path,
+    prefect_port: int,
+    mlflow_port: int,
+    file: Path,
+    count: Callable[[], int],
+) -> None:
+    """Start all, and keep it until a signal; the runs of the worker are stopped, whatever ends this.
+
+    Raises:
+        KeyboardInterrupt: the signal came before all were up.
+        InternVLError: one of them does not start, or ends again and again.
+    """
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
     api_url = f"{prefect_url}/api"
     prefect, mlflow = describe_prefect(directory, prefect_port), describe_mlflow(directory, mlflow_port)
     worker = describe_worker(directory, prefect_url=api_url, mlflow_url=mlflow_url)
-    with told_by_signals((signal.SIGINT, signal.SIGTERM)) as count_signals:
-        try:
-            typer.echo(f"Starting a Prefect server, MLflow and a worker; logs in {directory}")
-            services.start(prefect)
-            services.start(mlflow)
-            services.wait_for(prefect)
-            deployed = register(file, api_url=api_url, pool=POOL)
-            services.wait_for(mlflow)
-            services.start(worker)
-            typer.echo(f"Prefect     {prefect_url}/v2/deployments")
-            typer.echo(f"MLflow      {mlflow_url}")
-            typer.echo(f"Deployed    {', '.join(deployed)}")
-            typer.echo(f"Command     PREFECT_API_URL={api_url} internvl run ...    shows up there too")
-            typer.echo("Ctrl-C stops all of it.")
-            while count_signals() == 0:
-                for line in services.revive():
-                    typer.echo(line, err=True)
-                time.sleep(_POLL_S)
-            _stop_runs(LiveRuns(api_url, POOL), services, count_signals)
-        finally:
-            services.stop()
-    typer.echo("Stopped.")
+
+    def check() -> None:
+        services.check()
+        if count() > 0:
+            raise KeyboardInterrupt
+
+    services.start(prefect)
+    services.start(mlflow)
+    services.wait_for(prefect, check=check)
+    environment = build_environment(worker.environment)
+    deployed = register(file, api_url=api_url, pool=POOL, environment=environment, check=check)
+    services.wait_for(mlflow, check=check)
+    runs = LiveRuns(api_url, POOL)
+    runs.release_queue()
+    try:
+        services.start(worker)
+        _tell(f"Prefect     {prefect_url}/v2/deployments")
+        _tell(f"MLflow      {mlflow_url}")
+        _tell(f"Deployed    {', '.join(deployed)}")
+        _tell(f"Command     PREFECT_API_URL={api_url} internvl run ...    shows up there too")
+        _tell("Ctrl-C stops all of it.")
+        while count() == 0:
+            for line in services.revive():
+                _tell(line, err=True)
+            time.sleep(_POLL_S)
+    finally:
+        _stop_runs(runs, count)
 
 
 def deploy(
@@ -82,15 +115,23 @@ def deploy(
     typer.echo(f"Start a worker on the machine that trains: prefect worker start --pool {pool} --limit 1")
 
 
-def _stop_runs(runs: LiveRuns, services: LocalServices, count_signals: Callable[[], int]) -> None:
-    """Have the runs of the pool save and end, while their server and worker are still there; Ctrl-C again: leave it."""
-    told = count_signals()
+def _stop_runs(runs: LiveRuns, count: Callable[[], int]) -> None:
+    """Have the runs of the pool save and end, while their server and worker are still there; Ctrl-C again: leave it.
+
+    What is queued stays so, for the next `up`.
+    """
+    told = count()
     try:
-        live = runs.find()
-        if not live:
-            return
-        typer.echo(f"Stopping {', '.join(live.values())}: it saves first. Ctrl-C again does not wait for it.")
-        runs.cancel()
-        runs.wait(lambda: count_signals() > told)
+        runs.hold_queue()
+        names = runs.cancel()
+        if names:
+            _tell(f"Stopping {', '.join(names)}: it saves first. Ctrl-C again does not wait for it.")
+            runs.wait(lambda: count() > told)
     except httpx.HTTPError as error:
-        typer.echo(f"The server does not tell which runs are at work ({error}); they stop by themselves.", err=True)
+        _tell(f"The server does not tell which runs are at work ({error}); they save when the worker ends.", err=True)
+
+
+def _tell(line: str, *, err: bool = False) -> None:
+    """Print a line, unless the terminal is gone: that must not keep what is to be stopped alive."""
+    with suppress(OSError):
+        typer.echo(line, err=err)

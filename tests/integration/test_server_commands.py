@@ -1,13 +1,18 @@
-"""`internvl up`: a Prefect server, MLflow and a worker that really start, run a flow, and are gone after Ctrl-C."""
+"""`internvl up`: a Prefect server, MLflow and a worker that really start, run a flow, and are gone after Ctrl-C.
+
+In the order of the file: one `up` serves all tests but the last two.
+"""
 
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +44,9 @@ class Up:
         answer = httpx.get(f"{self.api_url}/{path}", timeout=30)
         answer.raise_for_status()
         return answer.json()
+
+    def patch(self, path: str, **content: Any) -> None:
+        httpx.patch(f"{self.api_url}/{path}", json=content, timeout=30).raise_for_status()
 
     def create_run(self, deployment: str, parameters: dict[str, Any]) -> httpx.Response:
         found = self.get(f"deployments/name/{deployment}")
@@ -104,15 +112,19 @@ def start_long_run(up: Up, workspace: Path) -> str:
     return run_id
 
 
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    directory = tmp_path_factory.mktemp("servers")
+def get_environment(**own: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **own}
+
+
+@contextmanager
+def start_up(directory: Path, *, until: str, **variables: str) -> Iterator[Up]:
+    """Start `internvl up` and wait for a line."""
     prefect_port, mlflow_port = find_free_port(), find_free_port()
     command = [*COMMAND, "up", f"--directory={directory}", f"--prefect-port={prefect_port}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     with subprocess.Popen(
         [*command, f"--mlflow-port={mlflow_port}"],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=get_environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,12 +134,34 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         printed = []
         for line in process.stdout:
             printed.append(line)
-            if line.startswith("Ctrl-C stops"):
+            if line.startswith(until):
                 break
         else:
             pytest.fail("".join(printed))
         yield Up(process, f"http://127.0.0.1:{prefect_port}/api", f"http://127.0.0.1:{mlflow_port}", directory)
         process.kill()
+
+
+def read_states(directory: Path) -> dict[str, str]:
+    """Read the runs' states, by their ids, from the database of a server that is gone."""
+    with closing(sqlite3.connect(directory / "prefect" / "prefect.db")) as database:
+        return dict(database.execute("SELECT id, state_type FROM flow_run").fetchall())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="module")
+def up(directory: Path) -> Iterator[Up]:
+    # What a shell is set to is about other servers.
+    elsewhere = {"PREFECT_API_URL": "http://127.0.0.1:1/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
+    database = "sqlite+aiosqlite:////nowhere/prefect.db"
+    with start_up(
+        directory, until="Ctrl-C stops", PREFECT_SERVER_DATABASE_CONNECTION_URL=database, **elsewhere
+    ) as started:
+        yield started
 
 
 def test_the_deployments_have_a_form_that_refuses_what_is_wrong(up: Up) -> None:
@@ -145,6 +179,29 @@ def test_the_deployments_have_a_form_that_refuses_what_is_wrong(up: Up) -> None:
 def test_the_server_watches_for_runs_whose_process_is_gone(up: Up) -> None:
     names = [automation["name"] for automation in up.post("automations/filter")]
     assert names == ["internvl: mark dead runs as crashed"]
+
+
+def test_deploying_again_updates_what_is_there_but_not_the_settings_of_a_pool(up: Up) -> None:
+    automation = up.post("automations/filter")[0]
+    old = {"trigger": {**automation["trigger"], "within": 90}, "enabled": False}
+    content = {name: value for name, value in {**automation, **old}.items() if name not in ("id", "created", "updated")}
+    httpx.put(f"{up.api_url}/automations/{automation['id']}", json=content, timeout=30).raise_for_status()
+    up.patch("work_pools/internvl", concurrency_limit=7)
+
+    def deploy(*options: str) -> set[str]:
+        environment = get_environment(PREFECT_API_URL=up.api_url, PREFECT_HOME=str(up.directory / "deploying"))
+        subprocess.run([*COMMAND, "deploy", *options], env=environment, check=True, timeout=120)
+        return {each["work_pool_name"] for each in up.post("deployments/filter")}
+
+    assert deploy("--pool", "gpus") == {"gpus"}
+    (updated,) = up.post("automations/filter")
+    assert updated["id"] == automation["id"]
+    assert updated["trigger"]["within"] == 540
+    assert not updated["enabled"], "somebody had switched it off"
+    assert deploy() == {"internvl"}
+    assert up.get("work_pools/internvl")["concurrency_limit"] == 7
+    # An update would forget the heartbeats that the server has seen.
+    assert up.post("automations/filter") == [updated]
 
 
 def test_a_run_from_the_form_is_trained_and_recorded_in_mlflow(up: Up, tmp_path: Path) -> None:
@@ -179,11 +236,44 @@ def test_a_cancel_reaches_a_run_whose_worker_was_killed(up: Up, tmp_path: Path) 
     assert is_committed(tmp_path), "the stop did not commit"
 
 
-def test_ctrl_c_stops_the_run_that_saves_and_leaves_no_process(up: Up, tmp_path: Path) -> None:
-    start_long_run(up, tmp_path)
+@pytest.fixture(scope="module")
+def queued_run() -> list[str]:
+    """Carry the id of a run from one test to the next."""
+    return []
+
+
+def test_ctrl_c_stops_the_run_that_saves_and_leaves_no_process(up: Up, tmp_path: Path, queued_run: list[str]) -> None:
+    running = start_long_run(up, tmp_path)
+    overrides = {**QUICK["overrides"], "workspace": str(tmp_path / "queued")}
+    queued_run.append(up.create_run("pretrain/pretrain", {**QUICK, "overrides": overrides}).json()["id"])
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(90) == 0
     assert up.process.stdout is not None
     assert re.search(r"Stopping smoke: it saves first\..*\nStopped\.\n$", up.process.stdout.read())
     assert is_committed(tmp_path), "the stop did not commit"
     wait_until(lambda: not list_processes(up.directory), f"left: {list_processes(up.directory)}", deadline_s=10)
+    states = read_states(up.directory)
+    assert (states[running], states[queued_run[0]]) == ("CANCELLED", "SCHEDULED")
+
+
+def test_what_was_queued_at_ctrl_c_begins_with_the_next_up(directory: Path, queued_run: list[str]) -> None:
+    (run_id,) = queued_run
+    with start_up(directory, until="Ctrl-C stops") as up:
+        wait_until(lambda: up.get_state(run_id) != "SCHEDULED", "it did not begin", deadline_s=60)
+        # A terminal that is closed.
+        up.process.send_signal(signal.SIGHUP)
+        assert up.process.wait(90) == 0
+    assert read_states(directory)[run_id] == "CANCELLED"
+
+
+def test_ctrl_c_ends_a_start_but_for_a_database_that_is_being_made(tmp_path: Path) -> None:
+    with start_up(tmp_path, until="Starting") as up:
+        wait_until((tmp_path / "mlflow.db").exists, "MLflow did not start", deadline_s=60)
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(60) == 130
+        assert up.process.stdout is not None
+        assert up.process.stdout.read() == "Stopping when the servers have made their databases.\nStopped.\n"
+    # MLflow refuses one that it could not finish.
+    assert "Application startup complete" in (tmp_path / "mlflow.log").read_text()
+    assert not (tmp_path / "worker.log").exists()
+    wait_until(lambda: not list_processes(tmp_path), f"left: {list_processes(tmp_path)}", deadline_s=10)
