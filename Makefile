@@ -10,17 +10,17 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 # So many tests of faults are drawn for `make test`.
 FAULTS := 16
 
-.PHONY: help install smoke test test-all check format schema clean
+.PHONY: help install smoke test test-all e2e check format schema clean
 
 help:  ## Show this list.
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(VENV)/.installed  ## Build .venv with everything, exactly pinned.
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,smoke,s3,sftp,dev]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,smoke,s3,sftp,auth,dev]'
 	touch $@
 
 smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
@@ -33,6 +33,15 @@ test: check  ## Run every test that CI runs.
 test-all: check  ## Run everything, the long tests included.
 	$(BIN)/pytest tests/unit tests/contract $(PARALLEL)
 	$(BIN)/pytest tests/integration tests/faults tests/e2e
+
+e2e: install  ## Install Chromium if there is none, and run the whole pipeline, in a browser too.
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  if ! command -v apt-get >/dev/null || test "$$(id -u)" != 0; then \
+	    echo "make e2e: there is no Chromium, and to install it takes apt-get and root: install it, then try again." >&2; \
+	    exit 1; \
+	  fi; \
+	  apt-get update && apt-get install --yes --no-install-recommends chromium
+	$(BIN)/pytest tests/e2e
 
 check: install  ## Lint, format check, types, import directions.
 	$(BIN)/ruff check .
