@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_core.errors import ArgumentError, InternVLError
+from tasks.track_run import hide_password
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_FILE = ROOT / "deployments" / "prefect.yaml"
@@ -73,7 +74,7 @@ class _Server:
         """Run a module with its arguments; return what it prints."""
         exit_code, output = self._run(module, directory)
         if exit_code != 0:
-            raise InternVLError(f"{self.api_url} refused `{' '.join(module)}`:\n{output.rstrip()}")
+            raise InternVLError(f"{hide_password(self.api_url)} refused `{' '.join(module)}`:\n{output.rstrip()}")
         return output
 
     def accepts(self, *module: str) -> bool:
@@ -100,7 +101,7 @@ class _Server:
                     except subprocess.TimeoutExpired:
                         if time.monotonic() > end:
                             raise InternVLError(
-                                f"{self.api_url} has not answered `{' '.join(module)}` in {_LIMIT_S} s."
+                                f"{hide_password(self.api_url)} has not answered `{' '.join(module)}` in {_LIMIT_S} s."
                             ) from None
             finally:
                 process.kill()

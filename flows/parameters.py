@@ -22,9 +22,11 @@ StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
 StageNames = list[StageName]
 
 _STORES = "|".join(sorted(STORE_PROTOCOLS - {"memory"}))
-StoreUri = Annotated[str, Field(title="Store", pattern=rf"^(({_STORES})://|/)")]
-CheckpointUri = Annotated[str, Field(title="Checkpoint", pattern=rf"^(({_STORES})://|/)")]
-TrackingUri = Annotated[str, Field(title="MLflow", pattern=r"^(https?://|sqlite:///)")]
+# No user, password, query or fragment: Prefect keeps what is typed in, and shows it.
+_ADDRESS = rf"^(({_STORES})://[^/@?#]*(/[^?#]*)?$|/)"
+StoreUri = Annotated[str, Field(title="Store", pattern=_ADDRESS)]
+CheckpointUri = Annotated[str, Field(title="Checkpoint", pattern=_ADDRESS)]
+TrackingUri = Annotated[str, Field(title="MLflow", pattern=r"^(https?://[^/@?#\s]+(/[^@?#\s]*)?$|sqlite:///)")]
 Processes = Annotated[Launcher, Field(title="Launcher", description="How many processes, and where.")]
 
 

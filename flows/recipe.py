@@ -1,12 +1,13 @@
 """Recipes: an ordered list of stages, read from YAML, with overrides, and refused early when wrong."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from flows.overrides import STAGES, apply_override, tell_nearest
@@ -76,13 +77,22 @@ class Recipe(BaseModel):
             )
         if self.start_from is not None and has_own_start:
             raise ValueError(
-                f"start_from: {self.start_from} would be ignored, for stages.{first.name} names its own start. "
-                "Leave one out."
+                f"start_from: would be ignored, for stages.{first.name} names its own start. Leave one out."
             )
         for stage in self.stages:
             if stage.brings_own_weights and stage.start_from is not None:
                 raise ValueError(f"stages.{stage.name}: names both start_from and a model of its own. Give one.")
         return self
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _check_no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and uri.startswith(("http://", "https://")) and re.search("[@?#]", uri):
+            raise ValueError(
+                "holds a user, a password or a query, which logs and pages would show. Leave them out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the run starts."
+            )
+        return uri
 
     @property
     def directory(self) -> Path:

@@ -276,5 +276,5 @@ def _describe(error: Exception) -> str:
 
 
 def hide_password(text: str) -> str:
-    """Take the user and password out of every address in a text."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
+    """Take user, password and query out of every address in a text; rather too much than too little."""
+    return re.sub(r"(?<=://)([^\s?#]*)[?#]\S*", r"\1", re.sub(r"(?<=://)\S*@", "", text))

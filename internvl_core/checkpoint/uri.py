@@ -23,6 +23,8 @@ _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(?P<separator
 STORE_PROTOCOLS = {"file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "sftp"}
 # No server or emulator that keeps this promise could be run against our tests.
 UNVERIFIED_PROTOCOLS = {"gs", "gcs"}
+_BUCKETS = {"s3", "s3a", "gs", "gcs"}
+"""Protocols whose address begins with a plain name, not with a host and port."""
 
 # The extra of our distribution that installs a protocol's fsspec package.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "sftp": "sftp"}
@@ -57,6 +59,9 @@ def normalize_uri(text: str) -> str:
             f"{protocol}://...@{authority.rpartition('@')[2]} carries credentials. Take them out of the URI: "
             "the environment or the configuration files of the store's SDK are the place for them."
         )
+    if ":" in authority and protocol in _BUCKETS:
+        # Of a password with a slash in it, which the check above does not see.
+        raise ArgumentError(f"{protocol}://{authority.partition(':')[0]}:... has a colon. Give the name of a bucket.")
     if "?" in rest or "#" in rest:
         raise ArgumentError(f"{protocol}://{authority} carries a query or a fragment. Give the plain address.")
     if any(part in {".", ".."} for part in rest.split("/")):

@@ -89,7 +89,7 @@ def load_meta(path: str | Path) -> list[DatasetMeta]:
     Raises:
         DataError: names the file and every data set that is wrong, all problems in one message.
     """
-    path = Path(path)
+    path = _find_file(path)
     datasets: list[DatasetMeta] = []
     problems: list[str] = []
     for name, entry in _read_entries(path).items():
@@ -108,7 +108,7 @@ def digest_meta(path: str | Path, cache_dir: Path) -> str:
     Paths count as written, so a folder that moves as a whole keeps its digest. Media are not read:
     whoever replaces an image under its old name must say so by changing the annotation.
     """
-    path = Path(path)
+    path = _find_file(path)
     entries = _read_entries(path)
     return digest_json(
         [
@@ -120,6 +120,14 @@ def digest_meta(path: str | Path, cache_dir: Path) -> str:
             for meta in load_meta(path)
         ]
     )
+
+
+def _find_file(path: str | Path) -> Path:
+    protocol, separator, _ = str(path).partition("://")
+    if separator:
+        # Not repeated: it may carry a password.
+        raise DataError(f"{protocol}://...: a meta file is a local .json file. Annotations and media may have a URI.")
+    return Path(path)
 
 
 def _read_entries(path: Path) -> dict[str, DatasetEntry]:

@@ -130,7 +130,7 @@ def test_a_tilde_in_the_workspace_is_the_home_directory(path: Path, monkeypatch:
         ("stages.stage1.gate.metric=accuracy", "stages.stage1.gate.at_least: missing. It is: Smallest score"),
         ("stages.stage1.gate.at_most=1", "stages.stage1.gate.at_most: no such key (did you mean at_least?)."),
         ("retry_delays_s=[-1]", "retry_delays_s.0: -1: Input should be greater than or equal to 0."),
-        ("start_from=s3://b/x", "start_from: s3://b/x would be ignored, for stages.stage1 names its own start."),
+        ("start_from=s3://b/x", "start_from: would be ignored, for stages.stage1 names its own start."),
         ("stages.stage1.start_from=s3://b/x", "stages.stage1: names both start_from and a model of its own."),
         ("stages.stage1.5.name=stage1", "stages: names must differ, but are stage1, stage1."),
     ],
@@ -382,3 +382,9 @@ def test_metrics_go_where_the_recipe_says_or_else_the_environment(path: Path, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert load_recipe(str(path)).tracking == "http://127.0.0.1:5000"
     assert load_recipe(str(path), {"tracking_uri": "sqlite:////m.db"}).tracking == "sqlite:////m.db"
+
+
+def test_a_password_in_the_address_of_mlflow_is_refused_and_not_repeated(path: Path) -> None:
+    with pytest.raises(ArgumentError, match="tracking_uri: holds a user, a password or a query") as caught:
+        load_recipe(str(path), {"tracking_uri": "http://admin:pa55@127.0.0.1:5000"})
+    assert "pa55" not in str(caught.value)

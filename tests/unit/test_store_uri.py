@@ -94,3 +94,10 @@ def test_a_protocol_makes_a_checkpoint_uri(text: str) -> None:
 @pytest.mark.parametrize("text", ["OpenGVLab/InternVL2_5-1B", "/models/x", "./x", "name", "C:/models"])
 def test_folders_and_hub_ids_are_no_checkpoint_uris(text: str) -> None:
     assert not is_checkpoint_uri(text)
+
+
+@pytest.mark.parametrize("uri", ["s3://key:pa/55@bucket/runs", "gs://key:pa55/x"])
+def test_a_password_with_a_slash_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ArgumentError, match="has a colon") as caught:
+        normalize_uri(uri)
+    assert "55" not in str(caught.value)
