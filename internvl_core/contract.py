@@ -19,11 +19,16 @@ from typing import Any, Self
 from internvl_core.errors import InternVLError, find_error_class, find_tree_class
 
 VERSION = 1
+EVALUATION = "evaluation"
+"""The entry that scores a checkpoint and trains nothing; no stage of a recipe has it."""
+
 STAGE_FILE = "stage.json"
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.json"
 LOG_FILE = "trainer.log"
+EXAMPLES_FILE = "examples.json"
+"""A few held-out answers for people, written by rank 0: see `Example` of evaluate/examples.py."""
 
 STATE_FILE = "supervisor.json"
 """Written by the supervisor: state, pid, started, step, exit_code, reason, killed."""

@@ -3,8 +3,10 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,21 @@ from internvl_core.data.collate import PromptCollator
 from internvl_core.data.dataset import Prompt
 from internvl_core.data.questions import Question, QuestionEncoder, load_questions
 from internvl_core.data.tiles import normalise
+from internvl_core.evaluate.examples import Example, choose_examples, merge_examples
 from internvl_core.evaluate.score import count_matches, summarize_accuracy
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of the held-out questions."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """`accuracy` and `accuracy/<dataset>`, 0 to 1; empty without `eval_meta_path`."""
+    examples: list[Example] = field(default_factory=list)
 
 
 def evaluate_held_out(
@@ -28,17 +42,14 @@ def evaluate_held_out(
     arguments: Arguments,
     *,
     on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Score the model on the held-out meta file by exact match.
 
-    Every rank answers each `world_size`-th question; all return the same scores. `on_batch` is called
+    Every rank answers each `world_size`-th question; all return the same. `on_batch` is called
     before each batch of them; what it raises ends the evaluation.
-
-    Returns:
-        `accuracy` and `accuracy/<dataset>`, 0 to 1; empty without `eval_meta_path`.
     """
     if arguments.extension.eval_meta_path is None:
-        return {}
+        return Evaluation()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache_dir = Path(arguments.extension.cache_dir).expanduser()
     questions = load_questions(arguments.extension.eval_meta_path, cache_dir)
@@ -48,11 +59,10 @@ def evaluate_held_out(
     if is_deepspeed_zero3_enabled():
         _keep_step(model, tokenizer, encoder, shares, rank, arguments)
     correct, asked = count_matches(shares[rank], answers)
-    if dist.is_initialized():
-        correct, asked = _sum_over_ranks(correct), _sum_over_ranks(asked)
+    correct, asked = sum(_gather(correct), Counter()), sum(_gather(asked), Counter())
     scores = summarize_accuracy(correct, asked)
     logger.info("Held-out exact match: %s", {name: round(score, 4) for name, score in scores.items()})
-    return scores
+    return Evaluation(scores, merge_examples(_gather(choose_examples(shares[rank], answers))))
 
 
 def iter_answers(
@@ -137,7 +147,10 @@ def _cut(token_ids: list[int], end_token_id: int) -> list[int]:
     return token_ids[: token_ids.index(end_token_id)] if end_token_id in token_ids else token_ids
 
 
-def _sum_over_ranks(counts: Counter[str]) -> Counter[str]:
-    gathered: list[Counter[str]] = [Counter()] * dist.get_world_size()
-    dist.all_gather_object(gathered, counts)
-    return sum(gathered, Counter())
+def _gather(value: T) -> list[T]:
+    """Gather every rank's value; its own alone where there is no group."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from internvl_core.supervision.progress import Phase
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.machine_meter import MachineMeter
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.ranks import wait_together
@@ -45,8 +46,11 @@ class MetricsCallback(TrainerCallback):
     it behind whatever asks for a save and behind the ranks' consensus.
     """
 
-    def __init__(self, metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps) -> None:
+    def __init__(
+        self, metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps, machine: MachineMeter
+    ) -> None:
         self._metrics = metrics
+        self._machine = machine
         self._ledger = ledger
         self._meter = meter
         self._finite = finite
@@ -111,6 +115,7 @@ class MetricsCallback(TrainerCallback):
             **self._ledger.read_mixture(),
             bad_samples=self._ledger.counters["bad_samples"],
             **self._finite.counters,
+            **self._machine.read(),
             eta_s=(state.max_steps - state.global_step) * elapsed_s / max(steps, 1),
         )
         self._last_time, self._last_step = now, state.global_step

@@ -16,11 +16,12 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from internvl_core.argument_rules import check_arguments
-from internvl_core.arguments import parse_arguments
-from internvl_core.contract import StageFailure, StageFile
+from internvl_core.arguments import Arguments, parse_arguments
+from internvl_core.contract import EVALUATION, StageFailure, StageFile
 from internvl_core.data.dataset import find_sample_ids
-from internvl_core.errors import DiskFull, InternVLError, StageError, WorkerLost
+from internvl_core.errors import ArgumentError, DiskFull, InternVLError, StageError, WorkerLost
 from internvl_core.exhaustion import is_disk_full, is_out_of_memory
+from internvl_core.train.evaluation import EvaluationRun
 from internvl_core.train.memory_report import explain_elsewhere
 from internvl_core.train.run import StageRun
 from internvl_core.train.supervisor_link import SupervisorLink
@@ -42,15 +43,25 @@ def main(entry: str, link: SupervisorLink, started: float) -> None:
         attempt_dir = _find_attempt_dir(sys.argv[1:])
         arguments = parse_arguments(sys.argv[1:])
         attempt_dir = Path(arguments.extension.attempt_dir) if arguments.extension.attempt_dir else None
-        check_arguments(arguments.to_values(), entry=entry)
-        stage = StageFile.get(attempt_dir) if attempt_dir else None
-        StageRun(arguments, stage, link, started, entry=entry).run()
+        _build_run(entry, arguments, attempt_dir, link, started).run()
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:  # noqa: BLE001 (the outermost frame: whatever happened is told to the task)
         _report_failure(error, attempt_dir, link)
     # Libraries' threads now and then abort the interpreter on its way out, and a finished stage would count as lost.
     _leave(0, link)
+
+
+def _build_run(
+    entry: str, arguments: Arguments, attempt_dir: Path | None, link: SupervisorLink, started: float
+) -> StageRun | EvaluationRun:
+    if entry == EVALUATION:
+        if attempt_dir is None:
+            raise ArgumentError("attempt_dir: missing. An evaluation is told by its stage.json what to score.")
+        return EvaluationRun(arguments, StageFile.get(attempt_dir), link, started)
+    check_arguments(arguments.to_values(), entry=entry)
+    stage = StageFile.get(attempt_dir) if attempt_dir else None
+    return StageRun(arguments, stage, link, started, entry=entry)
 
 
 def _find_attempt_dir(items: Sequence[str]) -> Path | None:

@@ -1,14 +1,12 @@
 """One attempt of a stage inside a rank: build, train, commit, evaluate, hand over."""
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl_core.arguments import Arguments
 from internvl_core.checkpoint.base_model import BaseModel, write_base
@@ -18,15 +16,9 @@ from internvl_core.checkpoint.store import fetch, is_checkpoint_uri
 from internvl_core.checkpoint.unsent import UnsentSave
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.data.dataset import SupervisedDataset
-from internvl_core.data.encoding import Encoding
-from internvl_core.data.pixels import PixelRules
-from internvl_core.data.questions import QuestionEncoder
-from internvl_core.data.text_encoder import TextEncoder
 from internvl_core.errors import Preempted
-from internvl_core.evaluate.generate import evaluate_held_out
 from internvl_core.model.adapter_weights import is_adapter
-from internvl_core.model.attention import choose_packed_attention, use_packed_attention, use_padded_attention
-from internvl_core.model.internvl import InternVLForTraining
+from internvl_core.model.attention import choose_packed_attention, use_packed_attention
 from internvl_core.model.liger import apply_liger
 from internvl_core.model.load import LoadedModel, build_model, fetch_sources, load_checkpoint
 from internvl_core.model.sources import describe_base
@@ -43,7 +35,10 @@ from internvl_core.train.checkpoints import StageCheckpoints
 from internvl_core.train.commit import Committed
 from internvl_core.train.extension_locks import clear_left_locks
 from internvl_core.train.finite import FiniteSteps
+from internvl_core.train.fixed_arguments import fix_arguments
+from internvl_core.train.held_out import build_encoding, choose_dtype, place_untrained, score_held_out
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.machine_meter import MachineMeter
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.supervisor_link import SupervisorLink
@@ -53,13 +48,10 @@ from internvl_core.train.training_data import (
     build_step_sampler,
     build_training_data,
     get_pack_limits,
-    list_data_values,
 )
 from internvl_core.train.update import Update
 
 logger = logging.getLogger(__name__)
-
-_TIMEOUT_MARGIN_S = 60
 
 
 class StageRun:
@@ -82,8 +74,7 @@ class StageRun:
         self._start: CheckpointRef | None = None
         self._base: BaseModel | None = None
         training = arguments.training
-        _settle(arguments)
-        _settle_timeout(arguments, save_budget_s=stage.save_budget_s if stage else 0.0)
+        fix_arguments(arguments, save_budget_s=stage.save_budget_s if stage else 0.0)
         if training.deepspeed is not None:
             clear_left_locks()
         training.prepare_for_launch()
@@ -108,14 +99,14 @@ class StageRun:
         self._leave_early()
         if newest is not None and newest.kind is CheckpointKind.FINAL:
             logger.info("Step %d is trained and committed already: only the evaluation is left", newest.step)
-            loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir, dtype=self._dtype)
-            trained: Any = self._place(loaded.model)
+            loaded = load_checkpoint(str(newest.path), cache_dir=self._cache_dir, dtype=choose_dtype(self._arguments))
+            trained: Any = place_untrained(loaded.model, self._arguments)
             self._continue_curve(newest)
             step, counters = newest.step, newest.counters
             final: UnsentSave | CheckpointRef | None = newest.checkpoint
         else:
             loaded = self._build_model()
-            encoding = self._encoding(loaded)
+            encoding = build_encoding(self._arguments, loaded)
             dataset = build_training_data(self._arguments, encoding, self._cache_dir, is_packed=self._is_packed)
             ledger = self._open_ledger(dataset, newest)
             trainer = self._train(loaded, dataset, ledger, newest)
@@ -136,33 +127,10 @@ class StageRun:
     def _is_rank_zero(self) -> bool:
         return bool(self._arguments.training.process_index == 0)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the parameters. DeepSpeed keeps fp32 masters of bf16 weights itself; elsewhere autocast needs fp32."""
-        training = self._arguments.training
-        return torch.bfloat16 if training.bf16 and training.deepspeed else torch.float32
-
     def _choose_attention(self) -> str:
         training = self._arguments.training
         dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
         return choose_packed_attention(self._arguments.extension.packed_attention, training.device, dtype)
-
-    def _place(self, model: InternVLForTraining) -> InternVLForTraining:
-        """Make a model that is not going to be trained ready to answer."""
-        if not is_deepspeed_zero3_enabled():
-            model.to(self._arguments.training.device)
-            return model
-        import deepspeed  # seconds of imports that only ZeRO-3 needs
-
-        # Only an engine's hooks bring each layer's parameters together when they are needed.
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": self._dtype == torch.bfloat16},
-            "zero_optimization": {"stage": 3},
-        }
-        engine, *_ = deepspeed.initialize(model=model, config=config)
-        placed: InternVLForTraining = engine.module
-        return placed
 
     def _build_model(self) -> LoadedModel:
         arguments = self._arguments
@@ -173,7 +141,9 @@ class StageRun:
                 model_arguments.model_name_or_path = str(fetch(self._start, self._cache_dir))
             fetch_sources(model_arguments, self._cache_dir)
         self._base = self._describe_base()
-        loaded = build_model(model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=self._dtype)
+        loaded = build_model(
+            model_arguments, arguments.data, cache_dir=self._cache_dir, dtype=choose_dtype(self._arguments)
+        )
         if model_arguments.use_liger:
             apply_liger(loaded.model.model.language_model)
         if model_arguments.grad_checkpoint:
@@ -233,7 +203,7 @@ class StageRun:
         update = Update()
         finite = FiniteSteps(update, max_in_a_row=arguments.extension.max_non_finite_steps)
         consensus = ConsensusCallback(self._link, ledger, meter, sampler, finite)
-        curve = MetricsCallback(self._metrics, ledger, meter, finite)
+        curve = MetricsCallback(self._metrics, ledger, meter, finite, MachineMeter(self._directory))
         if self._is_packed:
             use_packed_attention(loaded.model, self._choose_attention())
         trainer = InternVLTrainer(
@@ -294,9 +264,7 @@ class StageRun:
 
     def _evaluate(self, model: Any, loaded: LoadedModel) -> dict[str, float]:
         started = time.monotonic()
-        use_padded_attention(model)
-        encoder = QuestionEncoder(self._encoding(loaded), PixelRules.from_arguments(list_data_values(self._arguments)))
-        scores = evaluate_held_out(model, loaded.tokenizer, encoder, self._arguments, on_batch=self._note_answers)
+        scores = score_held_out(model, loaded, self._arguments, self._directory, on_batch=self._note_answers)
         self._seconds["evaluate"] = time.monotonic() - started
         return scores
 
@@ -310,12 +278,6 @@ class StageRun:
                 "left."
             )
 
-    def _encoding(self, loaded: LoadedModel) -> Encoding:
-        encoder = TextEncoder.from_tokenizer(loaded.tokenizer)
-        return Encoding.from_arguments(
-            list_data_values(self._arguments), encoder=encoder, tokens_per_tile=loaded.tokens_per_tile
-        )
-
     def _summarize_curve(self) -> dict[str, float]:
         curve = self._metrics.read()
         if not curve:
@@ -326,36 +288,6 @@ class StageRun:
             "last_loss": curve[-1]["loss"],
             "tokens_per_s": speeds[len(speeds) // 2],
         }
-
-
-def _settle_timeout(arguments: Arguments, *, save_budget_s: float) -> None:
-    """Let collectives wait as long as the supervisor does: rank 0 may be fetching, saving or waiting for the store."""
-    extension = arguments.extension
-    longest_s = max(extension.setup_limit_s, extension.stall_limit_s, save_budget_s)
-    arguments.training.ddp_timeout = max(arguments.training.ddp_timeout, math.ceil(longest_s) + _TIMEOUT_MARGIN_S)
-
-
-def _settle(arguments: Arguments) -> None:
-    """Set what the trainer decides itself, whatever the arguments say."""
-    training = arguments.training
-    training.remove_unused_columns = False
-    training.label_names = ["labels"]
-    # Trainer would remove checkpoints by number and time, sent or not, whole or not; what stays is ours to say.
-    training.save_total_limit = None
-    if training.disable_tqdm is None:
-        # The log is a file, and metrics.jsonl is what progress is shown from.
-        training.disable_tqdm = True
-    # A step that is not finite is left out, seen and counted, not replaced in the running mean (F7).
-    training.logging_nan_inf_filter = False
-    # Counted by the step meter, which tells all ranks in one all-reduce a step.
-    training.include_num_input_tokens_seen = "no"
-    # The step sampler begins where the checkpoint stands.
-    training.ignore_data_skip = True
-    # Trainer would switch it on a second time, in the reentrant kind.
-    arguments.model.grad_checkpoint |= bool(training.activation_checkpointing)
-    training.activation_checkpointing = False
-    if training.ddp_find_unused_parameters is None:
-        training.ddp_find_unused_parameters = False
 
 
 def _count(trainer: InternVLTrainer) -> dict[str, int]:

@@ -203,7 +203,7 @@ def test_a_stop_during_a_save_finishes_it_and_makes_no_second_one(attempt, train
     [
         ("internvl_core.train.run:build_model", r"Stopped on request.* before the first step", []),
         ("on_step_begin", "Stopped on request at step 1; a checkpoint is committed.", [1]),
-        ("internvl_core.train.run:evaluate_held_out", "Stopped on request during the evaluation: the trained", [2]),
+        ("internvl_core.train.held_out:evaluate_held_out", "Stopped on request during the evaluation: the", [2]),
     ],
     ids=["while the model loads", "before the first step", "during the evaluation"],
 )

@@ -22,7 +22,7 @@ class Fault:
     at: str
     """start (connected, nothing imported yet), an event of TrainerCallback (on_step_end, after all other callbacks),
     or something of ours, just before it is called: package.module:function, package.module:Class.method. What a module
-    has imported by name is replaced in that module: internvl_core.train.run:evaluate_held_out.
+    has imported by name is replaced in that module: internvl_core.train.held_out:evaluate_held_out.
     """
     step: int | None = None
     """Only for events: the step that is finished (the trainer's global_step); None is the first time."""

@@ -22,6 +22,7 @@ from internvl_core.train.callbacks import (
 )
 from internvl_core.train.finite import FiniteSteps
 from internvl_core.train.ledger import SampleLedger
+from internvl_core.train.machine_meter import MachineMeter
 from internvl_core.train.meter import StepMeter
 from internvl_core.train.metrics import MetricsFile
 from internvl_core.train.sampler import Share, StepSampler
@@ -121,8 +122,10 @@ def consensus(ledger: SampleLedger, meter: StepMeter, sampler: StepSampler, fini
 
 
 @pytest.fixture
-def callback(metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps) -> MetricsCallback:
-    return MetricsCallback(metrics, ledger, meter, finite)
+def callback(
+    metrics: MetricsFile, ledger: SampleLedger, meter: StepMeter, finite: FiniteSteps, tmp_path: Path
+) -> MetricsCallback:
+    return MetricsCallback(metrics, ledger, meter, finite, MachineMeter(tmp_path))
 
 
 def test_a_log_step_becomes_a_line_with_speed_and_remaining_time(
@@ -367,7 +370,7 @@ def test_the_mean_of_the_loss_goes_on_over_a_resume(
 
     def train(path: Path, *, first: int, last: int) -> list[float]:
         metrics = MetricsFile(path)
-        callback = MetricsCallback(metrics, ledger, meter, finite)
+        callback = MetricsCallback(metrics, ledger, meter, finite, MachineMeter(tmp_path))
         callback.on_train_begin(arguments(), state(first), TrainerControl())
         for step, loss in losses.items():
             if first < step <= last:

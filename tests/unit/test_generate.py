@@ -96,10 +96,15 @@ def test_the_held_out_set_is_scored_by_exact_match(
     (plain,) = load_questions(write_meta(tmp_path, [ask(text, "?")]), tmp_path)
     (said,) = answer(model, [plain], batch_size=1)
     path = write_meta(tmp_path, [ask(text, said), ask(text, said + " and more"), ask(text, said)])
-    scores = evaluate_held_out(
+    evaluation = evaluate_held_out(
         model, TOKENIZER, ENCODER, build_arguments(batch_size=2, eval_meta_path=str(path), cache_dir=str(tmp_path))
     )
-    assert scores == {"accuracy": pytest.approx(2 / 3), "accuracy/pets": pytest.approx(2 / 3)}
+    assert evaluation.scores == {"accuracy": pytest.approx(2 / 3), "accuracy/pets": pytest.approx(2 / 3)}
+    assert [(each.sample_id, each.expected, each.is_right) for each in evaluation.examples] == [
+        ("pets:1", said, True),
+        ("pets:2", said + " and more", False),
+        ("pets:3", said, True),
+    ]
 
 
 def ask(text: str, expected: str) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def ask(text: str, expected: str) -> dict[str, Any]:
 
 
 def test_without_a_held_out_set_there_is_no_score(model: InternVLForTraining) -> None:
-    assert evaluate_held_out(model, TOKENIZER, ENCODER, build_arguments()) == {}
+    assert evaluate_held_out(model, TOKENIZER, ENCODER, build_arguments()).scores == {}
 
 
 def test_an_answer_ends_where_the_chat_format_of_its_data_set_ends_it(tmp_path: Path) -> None:
