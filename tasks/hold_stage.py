@@ -1,18 +1,13 @@
 """Keep a second run on this machine out of a stage that is being trained."""
 
-import fcntl
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
-from io import TextIOWrapper
 from pathlib import Path
 
-from internvl_core.checkpoint.lease import Owner
 from internvl_core.errors import LeaseHeld
+from tasks.holder import describe_holder, read_holder, take, write_holder
 
 LOCK_FILE = "lock"
 
@@ -40,8 +35,8 @@ def hold_stage(attempts_dir: Path, run_id: str, *, patience_s: float) -> Iterato
     with (attempts_dir / LOCK_FILE).open("a+") as file:
         end = time.monotonic() + patience_s
         is_told = False
-        while not _take(file):
-            holder, is_gone = _read_holder(file)
+        while not take(file):
+            holder, is_gone = describe_holder(read_holder(file))
             if not is_gone or time.monotonic() > end:
                 raise LeaseHeld(
                     f"{attempts_dir.name} is being trained by {holder}. Wait, and its result is found; or stop it."
@@ -50,27 +45,5 @@ def hold_stage(attempts_dir: Path, run_id: str, *, patience_s: float) -> Iterato
                 logger.info("%s: %s is gone, and its ranks still save; waiting for them.", attempts_dir.name, holder)
                 is_told = True
             time.sleep(_POLL_S)
-        file.truncate(0)
-        file.write(json.dumps({"owner": asdict(Owner.of_this_process(run_id)), "since": time.time()}))
-        file.flush()
+        write_holder(file, run_id)
         yield file.fileno()
-
-
-def _take(file: TextIOWrapper) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _read_holder(file: TextIOWrapper) -> tuple[str, bool]:
-    """Read who holds the stage, and whether that process is gone; one that just starts has not written it yet."""
-    file.seek(0)
-    try:
-        content = json.loads(file.read())
-    except ValueError:
-        return "a run that is just starting", False
-    owner = Owner(**content["owner"])
-    since = datetime.fromtimestamp(content["since"], UTC)
-    return f"{owner} since {since:%Y-%m-%d %H:%M:%S} UTC", owner.is_alive() is False

@@ -2,6 +2,8 @@
 
 Invariant: whoever leaves the `with` block of a `RunningStage`, by whatever exception, leaves no
 trainer behind that trains; whoever dies inside it closes a pipe, which asks the supervisor to stop.
+The pipe is closed before anything is waited for: a second exception, in the wait, cuts that short,
+and the supervisor alone sees to the save.
 """
 
 import json
@@ -33,18 +35,22 @@ _KILL_MARGIN_S = 15.0
 """Over the save budget: the supervisor itself then kills what is left, which takes seconds."""
 
 
-def build_command(stage: StageFile, attempt_dir: Path) -> list[str]:
+def build_command(stage: StageFile, attempt_dir: Path, *, node_rank: int = 0) -> list[str]:
     """Build the argv that trains a stage; every argument is one item `--key=value`, never seen by a shell.
+
+    Args:
+        node_rank: which of the launcher's nodes it is for; rank 0 is on node 0.
 
     Raises:
         ArgumentError: the launcher is of a kind that is not built yet, or a value cannot be passed to a process.
     """
-    num_ranks = _get_num_ranks(stage.launcher)
+    launcher = stage.launcher
+    _check_kind(launcher)
+    num_nodes, num_ranks = (_get_count(launcher, name) for name in ("nnodes", "nproc_per_node"))
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes=1", f"--nproc-per-node={num_ranks}"),
-        # Port 0: the kernel picks a free one, so that runs on one machine never meet.
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        *(f"--nnodes={num_nodes}", f"--nproc-per-node={num_ranks}"),
+        *_build_rendezvous(stage, num_nodes, node_rank),
         # Between a SIGTERM to torchrun and its kill of the ranks; its default of 30 s cuts a save short.
         f"--shutdown-timeout={math.ceil(stage.save_budget_s)}",
         # Its default is /tmp, where a killed torchrun leaves a directory behind.
@@ -55,17 +61,35 @@ def build_command(stage: StageFile, attempt_dir: Path) -> list[str]:
     ]
 
 
-def _get_num_ranks(launcher: Mapping[str, Any]) -> int:
+def _check_kind(launcher: Mapping[str, Any]) -> None:
     kind = launcher.get("kind", "local")
     if kind != "local":
         raise ArgumentError(f"launcher.kind: {kind!r} is not built yet; use 'local'.")
-    nnodes = launcher.get("nnodes", 1)
-    if nnodes != 1:
-        raise ArgumentError(f"launcher.nnodes: {nnodes!r}; more than one node is not built yet; use 1.")
-    num_ranks = launcher.get("nproc_per_node", 1)
-    if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
-        raise ArgumentError(f"launcher.nproc_per_node: {num_ranks!r} should be a number of processes, 1 or more.")
-    return num_ranks
+
+
+def _get_count(launcher: Mapping[str, Any], name: str) -> int:
+    count = launcher.get(name, 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ArgumentError(f"launcher.{name}: {count!r} should be a number, 1 or more.")
+    return count
+
+
+def _build_rendezvous(stage: StageFile, num_nodes: int, node_rank: int) -> list[str]:
+    """Say where the nodes of a stage meet."""
+    if num_nodes == 1:
+        # Port 0: the kernel picks a free one, so that runs on one machine never meet.
+        return ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    endpoint = stage.launcher.get("rdzv_endpoint")
+    if not endpoint:
+        raise ArgumentError(f"launcher.rdzv_endpoint: {num_nodes} nodes need one: host:port of the first of them.")
+    if not 0 <= node_rank < num_nodes:
+        raise ArgumentError(f"node rank: {node_rank} should be from 0 to {num_nodes - 1}.")
+    return [
+        # Not c10d: it numbers nodes by their names, and rank 0 writes metrics and result where the flow looks for them.
+        *("--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", f"--node-rank={node_rank}"),
+        # Nodes of two attempts never meet: a node that is late would train with the next one.
+        f"--rdzv-id={stage.run_id}-{stage.stage}-{stage.attempt}",
+    ]
 
 
 def _build_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -89,24 +113,35 @@ def _is_passable(item: str) -> bool:
 
 
 def launch_stage(
-    stage: StageFile, attempt_dir: Path, *, lock: int | None = None, leave_after_s: float | None = None
+    stage: StageFile,
+    attempt_dir: Path,
+    *,
+    node_rank: int = 0,
+    lock: int | None = None,
+    gpu_lock: int | None = None,
+    leave_after_s: float | None = None,
 ) -> "RunningStage":
     """Write stage.json and start the stage; the attempt's directory is made if need be.
 
     Args:
         stage: what to train.
         attempt_dir: where the files of the process boundary go.
+        node_rank: which of the launcher's nodes this is; each has an attempt's directory of its own.
         lock: descriptor that stays open until the supervisor is gone (`hold_stage`).
+        gpu_lock: another one (`hold_gpus`).
         leave_after_s: see `RunningStage`.
 
     Raises:
         ArgumentError: see `build_command`; nothing was started.
     """
     attempt_dir = attempt_dir.resolve()
-    command = build_command(stage, attempt_dir)
+    command = build_command(stage, attempt_dir, node_rank=node_rank)
     attempt_dir.mkdir(parents=True, exist_ok=True)
     stage.write(attempt_dir)
-    return launch_command(command, attempt_dir, get_limits(stage), lock=lock, leave_after_s=leave_after_s)
+    locks = [each for each in (lock, gpu_lock) if each is not None]
+    return launch_command(
+        command, attempt_dir, get_limits(stage), locks=locks, leave_after_s=leave_after_s, joins=node_rank > 0
+    )
 
 
 def get_limits(stage: StageFile) -> Limits:
@@ -122,16 +157,21 @@ def launch_command(
     attempt_dir: Path,
     limits: Limits,
     *,
-    lock: int | None = None,
+    locks: Sequence[int] = (),
     leave_after_s: float | None = None,
+    joins: bool = False,
 ) -> "RunningStage":
-    """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own."""
+    """Start a command as the trainer of an attempt, owned by a supervisor in a session of its own.
+
+    With `joins` the result is written on another node.
+    """
     supervisor = [sys.executable, "-m", "internvl_core.supervision.supervisor"]
     options = [
         f"--attempt-dir={attempt_dir}",
         f"--save-budget={limits.save_s}",
         f"--setup-limit={limits.setup_s}",
         f"--stall-limit={limits.stall_s}",
+        *(["--joins"] if joins else []),
     ]
     with (attempt_dir / SUPERVISOR_LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
@@ -140,7 +180,7 @@ def launch_command(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=() if lock is None else (lock,),
+            pass_fds=locks,
         )
     logger.info("supervisor %d runs %s", process.pid, shlex.join(command))
     return RunningStage(process, attempt_dir, limits.save_s, leave_after_s=leave_after_s)
@@ -189,14 +229,15 @@ class RunningStage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.poll() is None:
-            logger.warning("stopping the trainer: %s", kind.__name__ if kind else "nobody watches it any more")
-            if self._leave_after_s is None:
-                self.stop()
-            else:
-                self.ask_to_stop()
-                self._has_ended_within(self._leave_after_s)
+        is_running = self.poll() is None
         self.ask_to_stop()
+        if not is_running:
+            return
+        logger.warning("stopping the trainer: %s", kind.__name__ if kind else "nobody watches it any more")
+        if self._leave_after_s is None:
+            self.stop()
+        else:
+            self._has_ended_within(self._leave_after_s)
 
     def poll(self) -> int | None:
         """Return the exit code of the stage (errors.py), None while it runs."""

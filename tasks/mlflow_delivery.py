@@ -1,4 +1,4 @@
-"""Carry a tracking spool into MLflow: the only module that talks to it.
+"""Carry a tracking spool into MLflow.
 
 Delivery is at least once and idempotent: MLflow keeps one point for equal (metric, step, time,
 value), runs are looked for by the tag `internvl.key` before they are created, and params are only
@@ -8,15 +8,14 @@ database is migrated by the first call: only the tracker's thread should do eith
 
 import json
 import logging
-import os
 import posixpath
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tasks.mlflow_client import connect, find_database
 from tasks.tracking_spool import Progress, StageDelivery, TrackingSpool, read_rows
 
 ARGUMENTS_FILE = "arguments.json"
@@ -30,15 +29,6 @@ PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
 NAME_CHARACTERS = 250
-
-# MLflow's own defaults block one call for 247 s when the server refuses, 1208 s when it hangs.
-_CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +49,7 @@ class MlflowDelivery:
         with self._spool.lock():
             self._progress = self._spool.load_progress()
             if self._client is None:
-                self._client = _connect(self._tracking_uri)
+                self._client = connect(self._tracking_uri)
             try:
                 self._verify()
                 for event, offset in self._spool.iter_events(self._progress.event_offset):
@@ -163,7 +153,7 @@ class MlflowDelivery:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        database = _find_database(self._tracking_uri)
+        database = find_database(self._tracking_uri)
         # Without a place beside the database, artifacts would go to the working directory.
         artifacts = (database.parent / "artifacts").as_uri() if database else None
         return str(self._client.create_experiment(name, artifact_location=artifacts))
@@ -204,11 +194,21 @@ class MlflowDelivery:
         return path
 
     def _add_artifact(self, run_id: str, file: Path) -> None:
-        """Send a file; artifacts may lie on another server than metrics, which must not wait for it."""
+        """Send a file, the metrics first; artifacts may lie on another server, whose refusal costs the file alone.
+
+        There are few: one a stage and the report. Metrics that come while one is sent wait for it.
+        """
+        for stage in self._progress.stages.values():
+            self._pump(stage)
         try:
             self._client.log_artifact(run_id, str(file))
         except Exception as error:  # noqa: BLE001  of MLflow, of an SDK of a store, of the file system
-            logger.warning("MLflow has not got %s: %s: %s", file, type(error).__name__, error)
+            refusal = f"{type(error).__name__}: {error}"
+        else:
+            return
+        # Raises if it is MLflow that does not answer: then the file is sent again with all that follows.
+        self._client.get_run(run_id)
+        logger.warning("MLflow has not got %s: %s", file, refusal)
 
     def _find_run(self, experiment_id: str, key: str, *, parent_id: str | None) -> Any:
         query = f"tags.`{KEY_TAG}` = '{_clean_key(key)}'"
@@ -246,31 +246,6 @@ def build_run_url(tracking_uri: str, experiment_id: str, run_id: str) -> str | N
         return None
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-
-
-def _connect(tracking_uri: str) -> Any:
-    """Import MLflow, quiet and with short patience, and build its client. A missing database is created."""
-    for name, value in _CLIENT_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    # mlflow 3.17 with SQLAlchemy 2.1: a deprecation warning about `noload` at import.
-    warnings.filterwarnings("ignore", module=r"mlflow\.")
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # It would say each refused connection, of which the tracker speaks once.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    database = _find_database(tracking_uri)
-    if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=tracking_uri)
-
-
-def _find_database(tracking_uri: str) -> Path | None:
-    prefix = "sqlite:///"
-    if not tracking_uri.startswith(prefix):
-        return None
-    return Path(tracking_uri.removeprefix(prefix).partition("?")[0]).absolute()
 
 
 def _build_points(rows: Iterable[Mapping[str, Any]], last_steps: dict[str, int]) -> list[Any]:

@@ -15,7 +15,8 @@ def show_late_save(stage: str, attempt_dir: Path, save_budget_s: float) -> None:
     """Make an artifact of the flow run; one that cannot be made is no reason to fail."""
     text = (
         f"{stage} still saves: its supervisor goes on without this run, for {save_budget_s:.0f} s at the most. A run "
-        f"that is started meanwhile waits for it and resumes there. Log: {attempt_dir / LOG_FILE}"
+        f"of it that is started meanwhile waits and resumes there, and one of another stage waits for the GPUs. "
+        f"Log: {attempt_dir / LOG_FILE}"
     )
     logger.warning("%s", text)
     try:

@@ -1,8 +1,8 @@
-"""Show how far a stage is: lines in the log, and a progress bar in the Prefect UI."""
+"""Show how far a stage is: lines in the log, a progress bar in the Prefect UI, and there too what its ranks log."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +13,7 @@ from tasks.show_stages import write_key
 
 LINE_INTERVAL_S = 4.0
 BAR_INTERVAL_S = 5.0
+LOG_INTERVAL_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -60,3 +61,26 @@ class StageProgress:
         except Exception as error:  # noqa: BLE001  whatever Prefect throws: the stage trains on, without a bar
             logger.warning("No progress bar in the Prefect UI: %s: %s", type(error).__name__, error)
             self._next_bar = float("inf")
+
+
+class LogTail:
+    """What the ranks of an attempt log, sent to Prefect in few records: its server takes some hundred a second."""
+
+    def __init__(self, read_log: Callable[[], str]) -> None:
+        """Send nothing yet.
+
+        Args:
+            read_log: gives what is new since the last call, of a bounded length.
+        """
+        self._read_log = read_log
+        self._next = 0.0
+
+    def show(self) -> None:
+        """Send what is new, unless something was sent just now."""
+        if time.monotonic() < self._next:
+            return
+        text = self._read_log()
+        if text:
+            self._next = time.monotonic() + LOG_INTERVAL_S
+            # All of it is in the trainer's log: the terminal of a person who runs a recipe is not for it (console.py).
+            get_run_logger().info("%s", text, extra={"is_told_elsewhere": True})

@@ -14,13 +14,16 @@ class Gate(BaseModel):
 
     metric: str = Field(description="Name of a metric in the stage's result, such as accuracy or accuracy/digit.")
     at_least: float = Field(ge=0, le=1, description="Smallest score that passes, 0 to 1.")
+    better_by: float = Field(
+        0, ge=0, le=1, description="A nightly finetune is promoted if it beats the champion by more than this."
+    )
 
 
 class Launcher(BaseModel):
     """How many processes torchrun starts, and where.
 
-    More than one machine cannot be started yet, but it can be checked and planned: `check_launchers`
-    of stage_plan.py refuses it where a run starts.
+    A run starts ranks on its own machine only: more can be checked and planned, and `launch_stage` starts
+    any one of them, but nobody starts the others yet. `check_launchers` of stage_plan.py refuses them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +31,11 @@ class Launcher(BaseModel):
     kind: Literal["local", "slurm", "kubernetes"] = Field(default="local", description="Where torchrun runs.")
     nnodes: int = Field(default=1, ge=1, description="Number of machines.")
     nproc_per_node: int = Field(default=1, ge=1, description="Ranks on each machine: one a GPU.")
+    rdzv_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$",
+        description="host:port of the first machine, where the others find it; for more than one.",
+    )
 
     @model_validator(mode="after")
     def _check_built(self) -> Self:

@@ -11,6 +11,8 @@ from tasks.trained_stage import TrainedStage
 
 MISSING = "–"
 
+_MAX_TOLD_TRIES = 3
+
 
 @dataclass(frozen=True)
 class Column:
@@ -21,6 +23,8 @@ class Column:
     is_number: bool = True
     is_wide: bool = False
     """Too long for a terminal's table."""
+    write_short: Callable[[TrainedStage], str] | None = None
+    """Writes the cell of a terminal's table, where the other is too long."""
 
 
 def stage_rows(stages: Sequence[TrainedStage]) -> list[list[str]]:
@@ -34,15 +38,14 @@ def render_table(stages: Sequence[TrainedStage]) -> Table:
     Checkpoint URIs are not in it: a terminal would cut them. List them below.
     """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    shown = [number for number, column in enumerate(COLUMNS) if not column.is_wide]
-    for number in shown:
-        column = COLUMNS[number]
+    shown = [column for column in COLUMNS if not column.is_wide]
+    for column in shown:
         # Headings on two lines: so the table of the shipped recipes fits 80 columns.
         heading = column.title.replace(" ", "\n", 1)
         justify: Literal["left", "right"] = "right" if column.is_number else "left"
         table.add_column(heading, justify=justify, vertical="bottom", no_wrap=column.is_number, overflow="fold")
-    for row in stage_rows(stages):
-        table.add_row(*(row[number] for number in shown))
+    for stage in stages:
+        table.add_row(*((column.write_short or column.write_cell)(stage) for column in shown))
     return table
 
 
@@ -91,13 +94,29 @@ def _write_speed(stage: TrainedStage) -> str:
     return MISSING if speed is None else format_count(speed)
 
 
+def _write_result(stage: TrainedStage) -> str:
+    failed = stage.failed_tries
+    if stage.is_skipped or not failed:
+        return _write_short_result(stage)
+    earlier = "...; " if len(failed) > _MAX_TOLD_TRIES else ""
+    told = "; ".join(each.describe() for each in failed[-_MAX_TOLD_TRIES:])
+    return f"trained, {len(failed) + 1} tries ({earlier}{told})"
+
+
+def _write_short_result(stage: TrainedStage) -> str:
+    if stage.is_skipped:
+        return "skipped"
+    # No longer than the other words: the table would not fit.
+    return f"try {len(stage.failed_tries) + 1}" if stage.failed_tries else "trained"
+
+
 def _write_seconds(stage: TrainedStage) -> str:
     return f"{stage.result.total_s:,.1f}" if stage.result.seconds else MISSING
 
 
 COLUMNS = (
     Column("stage", lambda stage: stage.name, is_number=False),
-    Column("result", lambda stage: "skipped" if stage.is_skipped else "trained", is_number=False),
+    Column("result", _write_result, is_number=False, write_short=_write_short_result),
     Column("steps", lambda stage: f"{stage.result.step:,}"),
     Column("trainable parameters", _write_trainable),
     Column("first loss", _write_metric("first_loss", ".3f")),

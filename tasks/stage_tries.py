@@ -13,7 +13,7 @@ MAX_RETRIES_WITHOUT_COMMIT = 3
 
 
 @dataclass(frozen=True)
-class _FailedTry:
+class FailedTry:
     """One try that ended in a way that a retry can help."""
 
     error: InternVLError
@@ -21,6 +21,16 @@ class _FailedTry:
     """The last step that a rank told; None before the first."""
     committed: int | None
     """The newest committed step at its end."""
+
+    @property
+    def lost_steps(self) -> int:
+        """How many of its steps had to be trained again."""
+        return max(0, (self.reached or 0) - (self.committed or 0))
+
+    def describe(self) -> str:
+        """Say how it failed and what that cost, in a few words."""
+        lost = f", {self.lost_steps} steps lost" if self.lost_steps else ""
+        return f"{type(self.error).__name__}{_tell_step(self.reached)}{lost}"
 
     def __str__(self) -> str:
         # Where the log is stands in the error itself, for the last try.
@@ -40,7 +50,13 @@ class StageTries:
         """
         self._stage = stage
         self._num_retries = min(num_retries, MAX_RETRIES_WITHOUT_COMMIT)
-        self._failed: list[_FailedTry] = []
+        self._failed: list[FailedTry] = []
+        self._all_failed: list[FailedTry] = []
+
+    @property
+    def failed(self) -> tuple[FailedTry, ...]:
+        """All that failed, those before a newer commit too."""
+        return tuple(self._all_failed)
 
     def note(self, error: InternVLError, *, reached: int | None, committed: int | None) -> InternVLError:
         """Note how a try failed, once, and return what is to be raised: the error, or that there is no progress.
@@ -55,7 +71,9 @@ class StageTries:
         before = self._failed[-1].committed if self._failed else None
         if self._failed and (committed or -1) > (-1 if before is None else before):
             self._failed.clear()
-        self._failed.append(_FailedTry(error, reached, before if committed is None else committed))
+        failed = FailedTry(error, reached, before if committed is None else committed)
+        self._failed.append(failed)
+        self._all_failed.append(failed)
         if len(self._failed) <= self._num_retries or self._num_retries == 0:
             return error
         tries = " ".join(f"Try {number}: {each}." for number, each in enumerate(self._failed, 1))

@@ -1,6 +1,5 @@
 """Train one stage: skip it if it is finished, resume it if it is begun, else start it."""
 
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,21 +18,14 @@ from internvl_core.checkpoint.store import StageStore, read_file
 from internvl_core.checkpoint.unsent import publish_unsent
 from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, StageResult
 from internvl_core.errors import ArgumentError, InternVLError, StoreUnavailable
-from tasks.cancel_watch import CancelWatch
 from tasks.hold_stage import hold_stage
-from tasks.launch import launch_stage, read_step
-from tasks.show_late_save import show_late_save
-from tasks.show_progress import StageProgress
+from tasks.launch import read_step
+from tasks.run_attempt import LEAVE_S, run_attempt
 from tasks.stage import Stage
 from tasks.stage_plan import METAS, RESUME, StagePlan, get_cache_dir, plan_stage
 from tasks.stage_tries import StageTries
 from tasks.track_run import RunStatus, RunTracker, TrackedData
 from tasks.trained_stage import TrainedStage
-
-_LEAVE_S = 60.0
-"""How long ranks take to leave once they have saved, killed ones included."""
-_LEAVE_WORKER_S = 20.0
-"""Of the 30 s in which a worker lets a cancelled flow end; the rest is for what the flow itself has to do."""
 
 
 def can_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -116,7 +108,7 @@ def _bring_to_handover(
             "inputs. Add it, or give start_from."
         )
     if handover is None:
-        with hold_stage(attempts_dir, run_id, patience_s=stage.save_budget_s + _LEAVE_S) as lock:
+        with hold_stage(attempts_dir, run_id, patience_s=stage.save_budget_s + LEAVE_S) as lock:
             # Another run may have finished it since.
             handover = None if is_fresh else store.find_handover()
             if handover is None:
@@ -133,7 +125,13 @@ def _bring_to_handover(
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
                     result = _try(stage_file, attempt_dir, lock, store, tries)
                     tracked.note(result)
-                return TrainedStage(stage.name, result, is_skipped=False, metrics_path=attempt_dir / METRICS_FILE)
+                return TrainedStage(
+                    stage.name,
+                    result,
+                    is_skipped=False,
+                    metrics_path=attempt_dir / METRICS_FILE,
+                    failed_tries=tries.failed,
+                )
     attempts_dir.mkdir(parents=True, exist_ok=True)
     with _track(tracker, plan, store.uri, attempts_dir, curve="") as tracked:
         trained = _find_trained(stage, *handover, attempts_dir)
@@ -233,7 +231,7 @@ def _try(stage_file: StageFile, attempt_dir: Path, lock: int, store: StageStore,
     if retry is not None:
         get_run_logger().info("%s", retry)
     try:
-        return _run_attempt(stage_file, attempt_dir, lock)
+        return run_attempt(stage_file, attempt_dir, lock)
     except InternVLError as error:
         # Now, for the next try may be on another machine.
         cache_dir = Path(stage_file.arguments["cache_dir"])
@@ -251,23 +249,3 @@ def _find_committed_step(store: StageStore) -> int | None:
         return next((commit.step for commit in store.list_committed()), None)
     except StoreUnavailable:  # It may be the very reason of a retry.
         return None
-
-
-def _run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageResult:
-    num_ranks = stage_file.launcher["nnodes"] * stage_file.launcher["nproc_per_node"]
-    get_run_logger().info("%s: starting %d ranks; log in %s", stage_file.stage, num_ranks, attempt_dir)
-    progress = StageProgress(stage_file.stage)
-    running = launch_stage(stage_file, attempt_dir, lock=lock, leave_after_s=_LEAVE_WORKER_S if _has_worker() else None)
-    try:
-        with CancelWatch(flow_run.id) as watch, running:
-            for line in running.iter_metrics(check=watch.check):
-                progress.show(line)
-            return running.result()
-    finally:
-        if running.poll() is None:
-            show_late_save(stage_file.stage, attempt_dir, stage_file.save_budget_s)
-
-
-def _has_worker() -> bool:
-    """Tell whether a worker started this flow, which kills it 30 s after a cancel."""
-    return "PREFECT__FLOW_RUN_ID" in os.environ

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_core.contract import CheckpointRef, StageResult
+from tasks.stage_tries import FailedTry
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class TrainedStage:
     """Nothing was trained: a committed result with the same fingerprint was in the store."""
     metrics_path: Path
     """metrics.jsonl of the stage, local; the loss curve."""
+    failed_tries: tuple[FailedTry, ...] = ()
+    """Those of this run that came before the one that finished it."""
 
     @property
     def checkpoint(self) -> CheckpointRef:

@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt-dir", type=Path, required=True)
     for name in ("--save-budget", "--setup-limit", "--stall-limit"):
         parser.add_argument(name, type=float, required=True, metavar="SECONDS")
+    parser.add_argument("--joins", action="store_true", help="Rank 0, which writes the result, is on another node.")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         attempt_dir = options.attempt_dir.resolve()
         with hold_attempt(attempt_dir):
-            return Supervisor(attempt_dir, limits, options.command).run()
+            return Supervisor(attempt_dir, limits, options.command, joins=options.joins).run()
     except InternVLError as error:
         logger.error("%s", error)
         return error.exit_code
@@ -105,8 +106,9 @@ class _Kill:
 class Supervisor:
     """One run of one command."""
 
-    def __init__(self, attempt_dir: Path, limits: Limits, command: Sequence[str]) -> None:
+    def __init__(self, attempt_dir: Path, limits: Limits, command: Sequence[str], *, joins: bool = False) -> None:
         self._attempt_dir = attempt_dir
+        self._joins = joins
         self._limits = limits
         self._command = list(command)
         self._started = time.time()
@@ -254,7 +256,8 @@ class Supervisor:
     def _settle(self, command_exit_code: int, kill: _Kill | None) -> StageFailure | None:
         """Read the outcome, or write down the failure that nobody lived to write."""
         told = StageFailure.find(self._attempt_dir)
-        if told is None and command_exit_code == 0 and (self._attempt_dir / RESULT_FILE).exists():
+        has_result = self._joins or (self._attempt_dir / RESULT_FILE).exists()
+        if told is None and command_exit_code == 0 and has_result:
             return None
         failure = told or self._explain(command_exit_code, kill)
         cgroup = self._oom_kills.find_risen()

@@ -171,6 +171,24 @@ def test_a_flow_that_dies_or_leaves_stops_its_trainer_after_a_save(attempt, endi
     assert attempt.read_state()["exit_code"] == 75
 
 
+def test_a_second_signal_to_the_flow_cuts_the_wait_and_not_the_save(attempt):
+    command = [*AGENT, f"--attempt_dir={attempt.directory}", "--save_s=3"]
+    flow = subprocess.Popen(
+        [sys.executable, str(FAKES / "flow.py"), str(attempt.directory), "SIGINT", *command], stderr=subprocess.PIPE
+    )
+    attempt.wait_for_ranks()
+    flow.send_signal(signal.SIGINT)
+    wait_for(lambda: attempt.read_state()["state"] == "stopping", "the stop")
+    flow.send_signal(signal.SIGINT)
+    _, stderr = flow.communicate(timeout=DEADLINE_S)
+
+    assert stderr.count(b"KeyboardInterrupt") > 1
+    assert not attempt.has_saved()
+    attempt.check_nothing_is_left()
+    assert attempt.has_saved()
+    assert attempt.read_state()["exit_code"] == 75
+
+
 def test_a_rank_in_a_group_of_others_kills_only_itself(attempt):
     rank = (
         "from internvl_core.train.supervisor_link import SupervisorLink; import signal; "

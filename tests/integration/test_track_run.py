@@ -303,6 +303,25 @@ def test_a_server_that_is_killed_and_restarted_gets_the_same_run_without_gap_or_
     assert [run.info.run_id for run in Recorded(database).parents] == [tracker.run_id]
 
 
+def test_a_file_that_mlflow_was_not_there_for_arrives_later(
+    database: str, refusing_server: str, metrics_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(refusing_server.rpartition(":")[2])
+    (tmp_path / "report.html").write_text("<p>one</p>")
+    with running_server(database, port) as url:
+        tracker = open_tracker(url, tmp_path)
+        start_stage(tracker, metrics_path)
+        wait_until(lambda: "stage1" in tracker.stage_run_ids)
+    tracker.add_file(tmp_path / "report.html")
+    wait_until(lambda: "does not take the run's data" in caplog.text)
+    with running_server(database, port) as url:
+        assert tracker.close(status="FINISHED")
+        assert tracker.run_id is not None
+        (tmp_path / "read").mkdir()
+        assert read_artifact(url, tracker.run_id, "report.html", tmp_path / "read") == "<p>one</p>"
+    assert "MLflow has not got" not in caplog.text
+
+
 @pytest.mark.fault(
     52,
     "MLflow refuses, or never answers, all run long",

@@ -202,9 +202,9 @@ def test_the_commands_that_open_the_uis_can_be_pasted_into_a_shell(
         assert split_in_shell(prefect)[1] == f"PREFECT_HOME={home}"
 
 
-def test_an_mlflow_server_is_its_own_ui_without_the_password() -> None:
-    recipe = load_recipe("smoke", {"tracking_uri": "https://me:secret@mlflow.example"})
-    assert cli._ui_commands(recipe)["MLflow UI"] == "https://mlflow.example"
+def test_an_mlflow_server_is_its_own_ui_without_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
+    assert cli._ui_commands(load_recipe("smoke"))["MLflow UI"] == "https://mlflow.example"
 
 
 def split_in_shell(command: str) -> list[str]:

@@ -50,7 +50,7 @@ def test_a_stage_stays_held_while_the_supervisor_of_a_lost_flow_works(tmp_path: 
     attempt_dir = tmp_path / "1"
     attempt_dir.mkdir()
     with hold_stage(tmp_path) as lock:
-        running = launch_command(["sleep", "60"], attempt_dir, Limits(setup_s=60, stall_s=60, save_s=5), lock=lock)
+        running = launch_command(["sleep", "60"], attempt_dir, Limits(setup_s=60, stall_s=60, save_s=5), locks=[lock])
     with running:
         # Its flow, this process, is alive: nobody waits for it.
         began = time.monotonic()
@@ -70,7 +70,7 @@ def test_the_ranks_of_a_flow_that_was_killed_are_waited_for(tmp_path: Path) -> N
         "from internvl_core.supervision.watchdog import Limits; from tasks.launch import launch_command\n"
         "with hold_stage(Path(sys.argv[1]), 'pretrain-1', patience_s=0) as lock:\n"
         "    limits = Limits(setup_s=60, stall_s=60, save_s=2)\n"
-        "    launch_command(['sleep', '60'], Path(sys.argv[1]) / '1', limits, lock=lock)\n"
+        "    launch_command(['sleep', '60'], Path(sys.argv[1]) / '1', limits, locks=[lock])\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9

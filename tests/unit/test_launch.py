@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from internvl_core.contract import StageFile
 from internvl_core.errors import ArgumentError
 from tasks.launch import LineTail, build_command, launch_stage
+from tasks.stage import Launcher
 
 ATTEMPT_DIR = Path("/runs/one two/attempt-1")
 STAGE = StageFile(
@@ -98,7 +100,8 @@ def test_text_that_no_process_can_be_given_is_refused_with_its_name(value):
     ("launcher", "complaint"),
     [
         ({"kind": "slurm"}, r"launcher\.kind: 'slurm' is not built yet"),
-        ({"kind": "local", "nnodes": 2}, r"launcher\.nnodes: 2; .* not built yet"),
+        ({"kind": "local", "nnodes": 2}, r"launcher\.rdzv_endpoint: 2 nodes need one"),
+        ({"kind": "local", "nnodes": 0}, r"launcher\.nnodes: 0 "),
         ({"kind": "local", "nproc_per_node": 0}, r"launcher\.nproc_per_node: 0 "),
         ({"kind": "local", "nproc_per_node": "2"}, r"launcher\.nproc_per_node: '2' "),
         ({"kind": "local", "nproc_per_node": True}, r"launcher\.nproc_per_node: True "),
@@ -108,6 +111,40 @@ def test_a_launcher_that_is_not_built_yet_is_refused_before_anything_is_written(
     with pytest.raises(ArgumentError, match=complaint):
         launch_stage(dataclasses.replace(STAGE, launcher=launcher), tmp_path / "attempt")
     assert not (tmp_path / "attempt").exists()
+
+
+def test_nodes_meet_at_one_place_in_the_order_that_they_are_given():
+    launcher = {"nnodes": 2, "nproc_per_node": 4, "rdzv_endpoint": "node-a:29400"}
+    stage = dataclasses.replace(STAGE, launcher=launcher)
+    commands = [build_command(stage, ATTEMPT_DIR, node_rank=rank) for rank in (0, 1)]
+
+    assert commands[0][3:9] == [
+        "--nnodes=2",
+        "--nproc-per-node=4",
+        "--rdzv-backend=static",
+        "--rdzv-endpoint=node-a:29400",
+        "--node-rank=0",
+        "--rdzv-id=run-stage1-1",
+    ]
+    assert [item for item in commands[1] if item not in commands[0]] == ["--node-rank=1"]
+
+
+@pytest.mark.parametrize("node_rank", [-1, 2])
+def test_a_node_that_the_launcher_does_not_have_is_refused(node_rank):
+    launcher = {"nnodes": 2, "rdzv_endpoint": "node-a:29400"}
+    with pytest.raises(ArgumentError, match=rf"node rank: {node_rank} should be from 0 to 1"):
+        build_command(dataclasses.replace(STAGE, launcher=launcher), ATTEMPT_DIR, node_rank=node_rank)
+
+
+@pytest.mark.parametrize("endpoint", ["node-a:29400", "10.0.0.1:29400", "[fd00::1]:29400", "node-a.cluster.local:1"])
+def test_a_place_to_meet_is_a_host_and_a_port(endpoint):
+    assert Launcher(nnodes=2, rdzv_endpoint=endpoint).rdzv_endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["node-a", "node-a:", ":29400", "http://node-a:29400", "node a:1", "a:1 --x"])
+def test_what_is_no_host_and_port_is_refused(endpoint):
+    with pytest.raises(ValidationError, match="rdzv_endpoint"):
+        Launcher(nnodes=2, rdzv_endpoint=endpoint)
 
 
 def test_a_launcher_defaults_to_one_local_process():

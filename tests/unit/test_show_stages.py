@@ -1,6 +1,7 @@
 """What the Prefect UI shows of a run, and that it can never fail one."""
 
 import base64
+import io
 import json
 import logging
 import re
@@ -11,14 +12,18 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from rich.console import Console
 
+from flows import console
 from flows import stages as flow_stages
 from flows.recipe import Recipe
 from internvl_core.contract import CheckpointRef, StageResult
-from internvl_core.errors import DataError
+from internvl_core.errors import DataError, Stalled, WorkerLost
 from tasks import show_progress
-from tasks.show_progress import StageProgress
+from tasks.show_progress import LogTail, StageProgress
 from tasks.show_stages import show_stages, write_key, write_markdown
+from tasks.stage_table import render_table, stage_rows
+from tasks.stage_tries import FailedTry
 from tasks.trained_stage import TrainedStage
 
 URI = "file:///store/stage1-0/data/4"
@@ -43,6 +48,33 @@ def test_the_table_has_a_row_a_stage_and_links_below() -> None:
     assert lines[2].startswith(r"| stage1\|x | trained | 4 |")
     assert lines[2].endswith(f"| {URI} |")
     assert lines[-2:] == ["- MLflow: <http://m/1>", "- Store: `file:///store`"]
+
+
+def fail_before(stage: TrainedStage, *failed: FailedTry) -> TrainedStage:
+    return replace(stage, failed_tries=failed)
+
+
+def test_a_stage_that_was_tried_again_says_why_and_what_it_lost() -> None:
+    lost, stalled = FailedTry(WorkerLost("x"), 40, 28), FailedTry(Stalled("x"), None, None)
+    (row,) = stage_rows([fail_before(train(), lost, stalled)])
+    assert row[1] == "trained, 3 tries (WorkerLost at step 40, 12 steps lost; Stalled)"
+    (row,) = stage_rows([fail_before(train(), *[stalled] * 9, lost)])
+    assert row[1] == "trained, 11 tries (...; Stalled; Stalled; WorkerLost at step 40, 12 steps lost)"
+    (row,) = stage_rows([replace(train(), is_skipped=True)])
+    assert row[1] == "skipped"
+
+
+def test_the_terminal_has_room_for_the_number_of_tries_only() -> None:
+    metrics = {"first_loss": 3.0, "last_loss": 1.0, "accuracy": 0.5, "tokens_per_s": 4321}
+    counters = {"trainable_parameters": 12_480, "total_parameters": 312_480}
+    result = StageResult(1234, CheckpointRef(URI, "0" * 64), metrics, counters, {"train": 14.0})
+    stage = TrainedStage("finetune", result, is_skipped=False, metrics_path=Path("metrics.jsonl"))
+    written = io.StringIO()
+    Console(width=80, force_terminal=False, file=written).print(
+        render_table([fail_before(stage, *[FailedTry(WorkerLost("x"), 40, 28)] * 100)])
+    )
+    last_line = written.getvalue().splitlines()[-1]
+    assert last_line.split()[:5] == ["finetune", "try", "101", "1,234", "12.5k"]
 
 
 def test_the_losses_are_a_picture_that_needs_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +158,34 @@ def test_a_bar_that_cannot_be_drawn_is_given_up_after_one_warning(
     assert caplog.text.count("No progress bar in the Prefect UI") == 1
 
 
+def test_what_ranks_log_is_sent_in_few_records_that_no_terminal_shows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(show_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(show_progress, "get_run_logger", lambda: logging.getLogger("log tail"))
+    unread = ["", "one\ntwo", "three", "four"]
+    tail = LogTail(lambda: unread.pop(0))
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            tail.show()
+        assert unread == ["three", "four"]
+        now[0] += show_progress.LOG_INTERVAL_S
+        tail.show()
+        tail.show()
+        # A stage that is over has no time to wait for.
+        LogTail(lambda: unread.pop(0)).show()
+    assert caplog.messages == ["one\ntwo", "three", "four"]
+    assert not any(map(console._is_for_people, caplog.records))
+
+
 def test_a_report_that_cannot_be_written_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = {"name": "stage1", "entry": "pretrain", "arguments": {"model_name_or_path": "m"}}
     (tmp_path / "report.html").mkdir()
     recipe = Recipe.model_validate({"name": "small", "workspace": str(tmp_path), "stages": [stage]})
-    result = flow_stages.RecipeResult(recipe, [train()])
+    result = flow_stages.RecipeResult(recipe, data=[], trained=[train()])
     monkeypatch.setattr(flow_stages, "show_stages", lambda *_, **__: None)
 
     class Tracker:

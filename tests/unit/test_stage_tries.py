@@ -63,6 +63,18 @@ def test_a_failure_that_is_noted_twice_counts_once():
         assert tries.note(lost, reached=1, committed=None) is lost
 
 
+def test_all_tries_that_failed_are_remembered_with_what_they_lost_through_newer_commits_too():
+    tries = StageTries("stage1", 3)
+    fail(tries, reached=37, committed=30)
+    fail(tries, reached=60, committed=60)
+    tries.note(Stalled("No progress for 600 s."), reached=None, committed=60)
+    assert [each.describe() for each in tries.failed] == [
+        "WorkerLost at step 37, 7 steps lost",
+        "WorkerLost at step 60",
+        "Stalled",
+    ]
+
+
 def test_without_retries_the_failure_itself_is_told():
     assert isinstance(fail(StageTries("stage1", 0), reached=1, committed=None), WorkerLost)
 

@@ -1,0 +1,41 @@
+"""MLflow's client: imported when it is wanted, quiet, with short patience."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+# MLflow's own defaults block one call for 247 s when the server refuses, 1208 s when it hangs.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def connect(tracking_uri: str) -> Any:
+    """Import MLflow, which takes seconds, and build its client. A missing database is created."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # mlflow 3.17 with SQLAlchemy 2.1: a deprecation warning about `noload` at import.
+    warnings.filterwarnings("ignore", module=r"mlflow\.")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # It would say each refused connection, of which the tracker speaks once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    database = find_database(tracking_uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def find_database(tracking_uri: str) -> Path | None:
+    """Find the file of an SQLite tracking URI; None for a server."""
+    prefix = "sqlite:///"
+    if not tracking_uri.startswith(prefix):
+        return None
+    return Path(tracking_uri.removeprefix(prefix).partition("?")[0]).absolute()

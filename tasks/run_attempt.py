@@ -1,0 +1,69 @@
+"""Run one attempt of a stage, or of an evaluation, from a task: the part that both share."""
+
+import os
+from pathlib import Path
+
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from internvl_core.contract import StageFile, StageResult
+from tasks.cancel_watch import CancelWatch
+from tasks.hold_gpus import find_gpus, hold_gpus
+from tasks.launch import RunningStage, launch_stage
+from tasks.show_late_save import show_late_save
+from tasks.show_progress import LogTail, StageProgress
+
+LEAVE_S = 60.0
+"""How long ranks take to leave once they have saved, killed ones included."""
+_LEAVE_WORKER_S = 15.0
+"""Of the 30 s in which a worker lets a cancelled flow end; the tracker waits 10 s after it, and there is a report."""
+
+
+def run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageResult:
+    """Start the ranks of an attempt, show what they do, and stop them if somebody cancels the run.
+
+    Args:
+        stage_file: what they are to do.
+        attempt_dir: new.
+        lock: of `hold_stage`.
+
+    Raises:
+        RunCancelled: the server says so.
+        InternVLError: of the class that the attempt ended with.
+    """
+    num_ranks = stage_file.launcher["nnodes"] * stage_file.launcher["nproc_per_node"]
+    get_run_logger().info("%s: starting %d ranks; log in %s", stage_file.stage, num_ranks, attempt_dir)
+    gpus = [] if stage_file.arguments.get("use_cpu") else find_gpus(stage_file.launcher["nproc_per_node"])
+    leave_after_s = _LEAVE_WORKER_S if _has_worker() else None
+    running: RunningStage | None = None
+    try:
+        with (
+            hold_gpus(gpus, stage_file.run_id, patience_s=stage_file.save_budget_s + LEAVE_S) as gpu_lock,
+            CancelWatch(flow_run.id) as watch,
+            launch_stage(stage_file, attempt_dir, lock=lock, gpu_lock=gpu_lock, leave_after_s=leave_after_s) as running,
+        ):
+            _watch(running, watch, stage_file.stage)
+            return running.result()
+    finally:
+        if running is not None:
+            # The rest of it, at once; what a late save logs is not waited for.
+            LogTail(running.read_log).show()
+            if running.poll() is None:
+                show_late_save(stage_file.stage, attempt_dir, stage_file.save_budget_s)
+
+
+def _watch(running: RunningStage, watch: CancelWatch, stage: str) -> None:
+    """Show the progress and the log of a stage until it is over."""
+    progress, log = StageProgress(stage), LogTail(running.read_log)
+
+    def look() -> None:
+        watch.check()
+        log.show()
+
+    for line in running.iter_metrics(check=look):
+        progress.show(line)
+
+
+def _has_worker() -> bool:
+    """Tell whether a worker started this flow, which kills it 30 s after a cancel."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
