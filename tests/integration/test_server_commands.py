@@ -6,140 +6,32 @@ In the order of the file: one `up` serves all tests but the last two.
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from servers_up import (
+    COMMAND,
+    QUICK,
+    Up,
+    find_ranks,
+    get_environment,
+    is_committed,
+    list_processes,
+    start_long_run,
+    start_up,
+    wait_until,
+)
 
 pytestmark = pytest.mark.integration
-
-COMMAND = [sys.executable, "-m", "flows.cli"]
-QUICK = {"recipe": "smoke", "stages": ["stage1"], "overrides": {"stages.stage1.arguments.max_steps": 2}}
-
-
-@dataclass(frozen=True)
-class Up:
-    """An `internvl up` at work."""
-
-    process: subprocess.Popen[str]
-    api_url: str
-    mlflow_url: str
-    directory: Path
-
-    def post(self, path: str, **content: Any) -> Any:
-        answer = httpx.post(f"{self.api_url}/{path}", json=content, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-    def get(self, path: str) -> Any:
-        answer = httpx.get(f"{self.api_url}/{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-    def patch(self, path: str, **content: Any) -> None:
-        httpx.patch(f"{self.api_url}/{path}", json=content, timeout=30).raise_for_status()
-
-    def create_run(self, deployment: str, parameters: dict[str, Any]) -> httpx.Response:
-        found = self.get(f"deployments/name/{deployment}")
-        path = f"{self.api_url}/deployments/{found['id']}/create_flow_run"
-        return httpx.post(path, json={"parameters": parameters}, timeout=30)
-
-    def get_state(self, run_id: str) -> str:
-        return str(self.get(f"flow_runs/{run_id}")["state_type"])
-
-
-def wait_until(condition: Callable[[], Any], message: str, *, deadline_s: float) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, message
-        time.sleep(0.2)
-
-
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-def list_processes(marker: Path, word: str = "") -> dict[int, str]:
-    """List living processes whose command line or environment names a directory, and their command lines."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                if command and str(marker).encode() in command + (entry / "environ").read_bytes():
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-    return {pid: command for pid, command in found.items() if word in command}
 
 
 def find_worker(up: Up) -> int:
     return next(iter(list_processes(up.directory, "prefect worker start")), 0)
-
-
-def find_ranks(workspace: Path) -> list[int]:
-    return list(list_processes(workspace, f"--attempt_dir={workspace}"))
-
-
-def is_committed(workspace: Path) -> bool:
-    return any((workspace / "store").glob("stage1-*/commits/*.json"))
-
-
-def start_long_run(up: Up, workspace: Path) -> str:
-    """Start a run that would go on for hours, and wait until it trains."""
-    overrides = {
-        "workspace": str(workspace),
-        "stages.stage1.arguments.max_steps": 100_000,
-        "stages.stage1.arguments.logging_steps": 1,
-    }
-    run_id = str(up.create_run("pretrain/pretrain", {**QUICK, "overrides": overrides}).json()["id"])
-
-    def has_begun() -> bool:
-        return any((workspace / "attempts").glob("stage1-*/1/metrics.jsonl"))
-
-    wait_until(has_begun, "training did not begin", deadline_s=240)
-    assert up.get_state(run_id) == "RUNNING"
-    return run_id
-
-
-def get_environment(**own: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", **own}
-
-
-@contextmanager
-def start_up(directory: Path, *, until: str, **variables: str) -> Iterator[Up]:
-    """Start `internvl up` and wait for a line."""
-    prefect_port, mlflow_port = find_free_port(), find_free_port()
-    command = [*COMMAND, "up", f"--directory={directory}", f"--prefect-port={prefect_port}"]
-    with subprocess.Popen(
-        [*command, f"--mlflow-port={mlflow_port}"],
-        env=get_environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if line.startswith(until):
-                break
-        else:
-            pytest.fail("".join(printed))
-        yield Up(process, f"http://127.0.0.1:{prefect_port}/api", f"http://127.0.0.1:{mlflow_port}", directory)
-        process.kill()
 
 
 def read_states(directory: Path) -> dict[str, str]:
