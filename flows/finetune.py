@@ -1,5 +1,6 @@
 """Finetune an InternVL on data of one's own, from a committed checkpoint, a folder or a hub id."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
@@ -23,7 +24,8 @@ def finetune(
     recipe: RecipeSource,
     stages: StageNames | None = None,
     start_from: CheckpointUri | None = None,
-    overrides: dict[str, Any] | None = None,
+    # Not `| None`: the UI has no editor for that.
+    overrides: Mapping[str, Any] = {},
     launcher: Processes | None = None,
     store_uri: StoreUri | None = None,
     tracking_uri: TrackingUri | None = None,

@@ -31,7 +31,7 @@ Processes = Annotated[Launcher, Field(title="Launcher", description="How many pr
 
 
 def merge_overrides(
-    overrides: Mapping[str, Any] | None,
+    overrides: Mapping[str, Any],
     *,
     start_from: str | None,
     launcher: Launcher | None,
@@ -45,5 +45,5 @@ def merge_overrides(
         "store_uri": store_uri,
         "tracking_uri": tracking_uri,
     }
-    # Overrides first: one of a key below `launcher` would else be lost.
-    return {**{name: value for name, value in fields.items() if value is not None}, **(overrides or {})}
+    # Overrides last: they are put in in this order, and one may be of a key below `launcher`.
+    return {**{name: value for name, value in fields.items() if value is not None}, **overrides}

@@ -1,5 +1,6 @@
 """Pretrain an InternVL: stage 1 (projector), 1.5 (vision tower), 2 (everything), then finetune."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
@@ -23,7 +24,8 @@ def pretrain(
     recipe: RecipeSource,
     stages: StageNames | None = None,
     start_from: CheckpointUri | None = None,
-    overrides: dict[str, Any] | None = None,
+    # Not `| None`: the UI has no editor for that.
+    overrides: Mapping[str, Any] = {},
     launcher: Processes | None = None,
     store_uri: StoreUri | None = None,
     tracking_uri: TrackingUri | None = None,

@@ -14,6 +14,7 @@ from flows.overrides import STAGES, apply_override, tell_nearest
 from flows.strict_yaml import parse_yaml
 from internvl_core.errors import ArgumentError
 from tasks.stage import PREVIOUS, Gate, Launcher, Stage
+from tasks.stage_plan import COMPONENTS
 
 SHIPPED = resources.files("flows") / "recipes"
 _SHOWN_CHARACTERS = 60
@@ -121,6 +122,7 @@ def load_recipe(
     Args:
         source: `smoke`, or `path/to/recipe.yaml`.
         overrides: dotted path to value; a stage is addressed by its name: `stages.stage2.arguments.max_steps`.
+            `start_from` takes the place of whatever the recipe's first stage starts from.
         only_stages: names of the stages to train, one after another in the recipe; None or none: all. Those behind
             them are dropped, those before them too where the overrides have a checkpoint to start from.
 
@@ -133,9 +135,11 @@ def load_recipe(
         raise ArgumentError(f"{where}: should be a mapping with name, workspace and stages.")
     for path, value in (overrides or {}).items():
         apply_override(content, path, value)
+    has_start = (overrides or {}).get("start_from") is not None
     if only_stages:
-        has_start = (overrides or {}).get("start_from") is not None
         content[STAGES] = _select_stages(content, only_stages, has_start=has_start, where=where)
+    if has_start:
+        _drop_own_start(content)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -163,6 +167,15 @@ def _select_stages(content: dict[str, Any], only: Sequence[str], *, has_start: b
         left_out = ", ".join(name for name in names[first:last] if name not in only)
         raise ArgumentError(f"{where}: stages {', '.join(only)} leave out {left_out} between them. Add it.")
     return stages[first if has_start else 0 : last + 1]
+
+
+def _drop_own_start(content: dict[str, Any]) -> None:
+    """Take out what the first stage starts from; what is no stage is left to the check."""
+    stages = content.get(STAGES)
+    first = stages[0] if isinstance(stages, list) and stages else None
+    if isinstance(first, dict) and isinstance(first.get("arguments") or {}, dict):
+        first["start_from"] = None
+        first["arguments"] = {**(first.get("arguments") or {}), **dict.fromkeys(COMPONENTS)}
 
 
 def _read_text(source: str) -> str:

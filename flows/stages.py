@@ -1,6 +1,7 @@
 """What both flows do: take a recipe's stages in order, each from the checkpoint of the one before."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from flows.recipe import Recipe
 from internvl_core.checkpoint.store import resolve_checkpoint
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError
+from internvl_core.inspection.lint_report import MetaReport
 from tasks.build_smoke_inputs import build_smoke_inputs
 from tasks.cancel_watch import RunCancelled
 from tasks.check_gate import check_gate
@@ -34,6 +36,8 @@ from tasks.write_report import write_report
 logger = logging.getLogger(__name__)
 
 _MAX_RETRIES = 100
+_DRAWN_NAME = re.compile(r"[A-Za-z]+-[A-Za-z]+")
+"""Two words, such as `tasty-wombat`: what Prefect and its form call a run that nobody named."""
 
 
 @dataclass
@@ -41,13 +45,17 @@ class RecipeResult:
     """What a run leaves behind."""
 
     recipe: Recipe
+    data: list[MetaReport]
     trained: list[TrainedStage] = field(default_factory=list)
     report_path: Path | None = None
+    mlflow_run_id: str | None = None
+    """Of the pipeline's run; None where MLflow has not said."""
 
 
 def name_run() -> str:
-    """Name a flow run after its recipe: `smoke`, or the file's name without folder and ending."""
-    return Path(running_flow.parameters["recipe"]).stem
+    """Name a flow run after its recipe, `smoke` or the file's name without folder and ending, unless a person did."""
+    given = str(running_flow.name)
+    return Path(running_flow.parameters["recipe"]).stem if _DRAWN_NAME.fullmatch(given) else given
 
 
 def run_stages(
@@ -64,12 +72,21 @@ def run_stages(
         What was trained; the state Cancelled if the server said so, and no worker was left to do it.
     """
     try:
-        return _run_stages(recipe, only_stages, is_fresh=is_fresh)
+        data = check_recipe(recipe)
+        return train_stages(recipe, data, only_stages=only_stages, is_fresh=is_fresh)
     except RunCancelled as cancelled:
         return Cancelled(message=str(cancelled))
 
 
-def _run_stages(recipe: Recipe, only_stages: Sequence[str] | None, *, is_fresh: bool) -> RecipeResult:
+def check_recipe(recipe: Recipe) -> list[MetaReport]:
+    """Refuse what is wrong in any stage, its data and its services before a GPU is asked for.
+
+    Returns:
+        What the data are like.
+
+    Raises:
+        InternVLError: all that is wrong of one kind, a line each.
+    """
     # Here and not only in the command: a worker runs the flow without it.
     shorten_errors()
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
@@ -78,11 +95,29 @@ def _run_stages(recipe: Recipe, only_stages: Sequence[str] | None, *, is_fresh: 
     if recipe.smoke_inputs:
         build_smoke_inputs(recipe.directory)
     check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
-    index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
+    return index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
+
+
+def train_stages(
+    recipe: Recipe,
+    data: list[MetaReport],
+    *,
+    only_stages: Sequence[str] | None = None,
+    is_fresh: bool = False,
+    skips_last_gate: bool = False,
+) -> RecipeResult:
+    """Train stage after stage of a recipe that is checked; see `run_stages`.
+
+    With `skips_last_gate` the caller sees to that one.
+
+    Raises:
+        RunCancelled: somebody cancelled the run.
+        InternVLError: a stage failed.
+    """
     # How many of them may fail in a row is counted by StageTries; a stage that gets on between faults goes on.
     retries = _MAX_RETRIES if recipe.retry_delays_s else 0
     train = train_stage.with_options(retries=retries, retry_delay_seconds=recipe.retry_delays_s or 0)
-    result = RecipeResult(recipe)
+    result = RecipeResult(recipe, data)
     checkpoint = resolve_checkpoint(recipe.start_from) if recipe.start_from else None
     with _track(recipe) as tracker, _report(result, tracker):
         for stage in recipe.stages:
@@ -98,8 +133,11 @@ def _run_stages(recipe: Recipe, only_stages: Sequence[str] | None, *, is_fresh: 
                 may_train=is_chosen,
             )
             result.trained.append(trained)
-            check_gate(trained, stage.gate)
+            if not (skips_last_gate and stage is recipe.stages[-1]):
+                check_gate(trained, stage.gate)
             checkpoint = trained.checkpoint
+    # By now, if MLflow answers at all.
+    result.mlflow_run_id = tracker.run_id
     return result
 
 
@@ -161,4 +199,5 @@ def _write_report(result: RecipeResult, path: Path, links: dict[str, str]) -> Pa
         stages=result.trained,
         gates={s.name: (s.gate.metric, s.gate.at_least) for s in recipe.stages if s.gate},
         links=links,
+        data=result.data,
     )

@@ -27,11 +27,14 @@ _SIGNIFICANCE = 0.01
 
 
 @task(name="index data", cache_policy=NO_CACHE)
-def index_data(recipe: str, stages: list[Stage], *, workspace: Path, start_from: str | None) -> None:
+def index_data(recipe: str, stages: list[Stage], *, workspace: Path, start_from: str | None) -> list[MetaReport]:
     """Build the indexes that the stages will look for, in the workspace's cache, and refuse bad data.
 
     Uses: one process with a worker a core; the roots of the media (headers where records give no sizes, and a few
     media of each data set).
+
+    Returns:
+        What each meta file is like; files that stages share, once.
 
     Raises:
         DataError: a data set cannot be used, has more bad records than `max_bad_fraction`, or is held out and has any.
@@ -49,6 +52,7 @@ def index_data(recipe: str, stages: list[Stage], *, workspace: Path, start_from:
     problems = [problem for meta in metas for problem in iter_refusals(meta)]
     if problems:
         raise DataError("\n".join(problems))
+    return metas
 
 
 def iter_refusals(meta: MetaReport) -> Iterator[str]:

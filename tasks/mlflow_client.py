@@ -39,3 +39,14 @@ def find_database(tracking_uri: str) -> Path | None:
     if not tracking_uri.startswith(prefix):
         return None
     return Path(tracking_uri.removeprefix(prefix).partition("?")[0]).absolute()
+
+
+def ensure_experiment(client: Any, tracking_uri: str, name: str) -> str:
+    """Find the experiment of a name, or create it; returns its id."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    database = find_database(tracking_uri)
+    # Without a place beside the database, artifacts would go to the working directory.
+    artifacts = (database.parent / "artifacts").as_uri() if database else None
+    return str(client.create_experiment(name, artifact_location=artifacts))

@@ -3,7 +3,7 @@
 Delivery is at least once and idempotent: MLflow keeps one point for equal (metric, step, time,
 value), runs are looked for by the tag `internvl.key` before they are created, and params are only
 added. So it may be cut anywhere and begun again. Connecting imports MLflow (seconds), and a new
-database is migrated by the first call: only the tracker's thread should do either.
+database is migrated by the first call: of a run only the tracker's thread should do either.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.mlflow_client import connect, find_database
+from tasks.mlflow_client import connect, ensure_experiment
 from tasks.tracking_spool import Progress, StageDelivery, TrackingSpool, read_rows
 
 ARGUMENTS_FILE = "arguments.json"
@@ -96,7 +96,7 @@ class MlflowDelivery:
     def _open(self, event: Mapping[str, Any]) -> None:
         progress = self._progress
         progress.key = event["key"]
-        progress.experiment_id = self._ensure_experiment(event["experiment"])
+        progress.experiment_id = ensure_experiment(self._client, self._tracking_uri, event["experiment"])
         progress.run_id = self._ensure_run(event, name=event["run_name"], parent_id=None)
         self._is_verified = True
 
@@ -148,15 +148,6 @@ class MlflowDelivery:
             self._log(stage.run_id, metrics=_build_points(rows, stage.last_steps))
             stage.offsets[stage.metrics_path] = end
             self._spool.save_progress(self._progress)
-
-    def _ensure_experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        database = find_database(self._tracking_uri)
-        # Without a place beside the database, artifacts would go to the working directory.
-        artifacts = (database.parent / "artifacts").as_uri() if database else None
-        return str(self._client.create_experiment(name, artifact_location=artifacts))
 
     def _ensure_run(self, event: Mapping[str, Any], *, name: str, parent_id: str | None) -> str:
         """Find the run of this key, or create it; add the params it does not have yet."""

@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from tasks.loss_curves import find_curves
 from tasks.report_figures import draw_losses, write_picture
-from tasks.stage_table import COLUMNS, stage_rows
+from tasks.stage_table import COLUMNS
 from tasks.trained_stage import TrainedStage
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,18 @@ def write_key(*parts: str) -> str:
 
 def write_markdown(stages: Sequence[TrainedStage], links: Mapping[str, str], *, picture: str | None = None) -> str:
     """Write the table, a row a stage, the picture of the losses if there is one, and the links."""
+    shown = [column for column in COLUMNS if not column.is_wide]
     rows = [
-        [column.title for column in COLUMNS],
-        ["---:" if column.is_number else "---" for column in COLUMNS],
-        *([cell.replace("|", r"\|") for cell in row] for row in stage_rows(stages)),
+        [column.title for column in shown],
+        ["---:" if column.is_number else "---" for column in shown],
+        *([column.write_cell(stage).replace("|", r"\|") for column in shown] for stage in stages),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     figure = [f"![Training loss]({picture})", ""] if picture else []
-    return "\n".join([table, "", *figure, *(f"- {name}: {_write_link(target)}" for name, target in links.items())])
+    # Not in the table, which would run over what stands beside it in the page.
+    checkpoints = [f"- {stage.name}: `{stage.checkpoint.uri}`" for stage in stages]
+    others = [f"- {_write_link(name, target)}" for name, target in links.items()]
+    return "\n".join([table, "", *figure, *checkpoints, *others])
 
 
 def _draw(stages: Sequence[TrainedStage]) -> str | None:
@@ -48,5 +52,5 @@ def _draw(stages: Sequence[TrainedStage]) -> str | None:
     return write_picture(draw_losses(curves, is_narrow=False)) if curves else None
 
 
-def _write_link(target: str) -> str:
-    return f"<{target}>" if target.startswith(("http://", "https://")) else f"`{target}`"
+def _write_link(name: str, target: str) -> str:
+    return f"[{name}]({target})" if target.startswith(("http://", "https://")) else f"{name}: `{target}`"

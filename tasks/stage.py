@@ -28,11 +28,16 @@ class Launcher(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["local", "slurm", "kubernetes"] = Field(default="local", description="Where torchrun runs.")
-    nnodes: int = Field(default=1, ge=1, description="Number of machines.")
-    nproc_per_node: int = Field(default=1, ge=1, description="Ranks on each machine: one a GPU.")
+    kind: Literal["local", "slurm", "kubernetes"] = Field(
+        default="local", title="Kind", description="Where torchrun runs; the others are not built yet."
+    )
+    nnodes: int = Field(default=1, ge=1, title="Machines", description="Number of machines.")
+    nproc_per_node: int = Field(
+        default=1, ge=1, title="Ranks a machine", description="Ranks on each machine: one a GPU."
+    )
     rdzv_endpoint: str | None = Field(
         default=None,
+        title="Rendezvous",
         pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$",
         description="host:port of the first machine, where the others find it; for more than one.",
     )

@@ -12,7 +12,9 @@ from pathlib import Path
 from string import Template
 from urllib.parse import urlsplit
 
+from internvl_core.inspection.lint_report import MetaReport
 from tasks.loss_curves import find_curves
+from tasks.report_details import write_answers, write_arguments, write_data
 from tasks.report_figures import Scores, draw_losses, draw_scores
 from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, stage_rows
 from tasks.trained_stage import TrainedStage
@@ -28,6 +30,7 @@ def write_report(
     stages: Sequence[TrainedStage],
     gates: Mapping[str, tuple[str, float]],
     links: Mapping[str, str],
+    data: Sequence[MetaReport] = (),
 ) -> Path:
     """Write the report; a reader of the old one at that path sees either the old or the new.
 
@@ -36,6 +39,7 @@ def write_report(
         stages: in the order of training; those that were reached.
         gates: by stage, the metric (`accuracy` or `accuracy/<dataset>`) and the least value it must have.
         links: by name, web addresses, URIs and commands; only http(s) addresses become links.
+        data: what the data sets of all stages are like.
     """
     page = Template(resources.files("tasks").joinpath("report.html").read_text()).substitute(
         title=html.escape(title),
@@ -43,6 +47,7 @@ def write_report(
         tiles="\n".join(_write_tiles(stages, gates)),
         table=_write_table(stages),
         figures="\n".join(_write_figures(stages, gates)),
+        details="\n".join([write_answers(stages), write_data(data), write_arguments(stages)]),
         links=_write_links(links),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,11 +35,12 @@ def remove_stage(uri: str, run_id: str) -> None:
     """
     store = open_stage(uri)
     backend = open_backend(store.uri)
-    lease = store.acquire(Owner.of_this_process(run_id), choose_base=lambda _: None)
+    _check_no_pin(backend)
+    # Going on with what there is: a refusal must not make it history.
+    lease = store.acquire(Owner.of_this_process(run_id), choose_base=lambda found: next(iter(found), None))
     try:
-        pinned = list_pinned(backend)
-        if pinned:
-            raise ArgumentError(f"{store.uri}: {', '.join(sorted(set(pinned.values())))}. Unpin it first.")
+        # As late as can be.
+        _check_no_pin(backend)
         check_fence(backend, lease.fence)
         for folder in (HANDOVER_FOLDER, COMMITS_FOLDER):
             _remove_records(backend, folder)
@@ -63,6 +64,12 @@ def list_bases(checkpoint: CheckpointRef) -> list[CheckpointRef]:
         checkpoint = CheckpointRef(base.name, base.digest)
         bases.append(checkpoint)
     return bases
+
+
+def _check_no_pin(backend: Backend) -> None:
+    pinned = list_pinned(backend)
+    if pinned:
+        raise ArgumentError(f"{backend.uri}: {', '.join(sorted(set(pinned.values())))}. Unpin it first.")
 
 
 def _remove_records(backend: Backend, folder: str) -> None:

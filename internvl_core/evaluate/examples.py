@@ -41,6 +41,10 @@ class Example:
     def dataset(self) -> str:
         return self.sample_id.rpartition(":")[0]
 
+    @property
+    def line(self) -> int:
+        return int(self.sample_id.rpartition(":")[2])
+
 
 def choose_examples(questions: Sequence[Question], answers: Sequence[str]) -> list[Example]:
     """Take the first answers of each data set, so many that are right and so many that are wrong, with pictures."""
@@ -59,7 +63,7 @@ def merge_examples(shares: Iterable[Iterable[Example]]) -> list[Example]:
     """Merge what the ranks chose down to what one would have chosen, the data sets in order."""
     taken: Counter[tuple[str, bool]] = Counter()
     merged: dict[str, list[Example]] = {}
-    for example in (example for share in shares for example in share):
+    for example in sorted((example for share in shares for example in share), key=lambda example: example.line):
         kind = (example.dataset, example.is_right)
         if taken[kind] < _limit(is_right=example.is_right):
             taken[kind] += 1

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,16 @@ class MachineMeter:
             return {}
         self._read_at = now
         memory = psutil.virtual_memory()
-        return {
+        read = {
             "system/cpu_percent": psutil.cpu_percent(),
             "system/memory_bytes": float(memory.total - memory.available),
-            "system/disk_free_bytes": float(psutil.disk_usage(str(self._directory)).free),
-            **{
-                f"system/gpu_{number}_{name}": value
-                for number, gpu in enumerate(self._gpus)
-                for name, value in _read_gpu(gpu).items()
-            },
         }
+        # A disk that is gone is for whoever writes to it to say.
+        with suppress(OSError):
+            read["system/disk_free_bytes"] = float(psutil.disk_usage(str(self._directory)).free)
+        for number, gpu in enumerate(self._gpus):
+            read |= {f"system/gpu_{number}_{name}": value for name, value in _iter_readings(gpu)}
+        return read
 
 
 def _open_gpus() -> list[Any]:
@@ -61,15 +63,16 @@ def _open_gpus() -> list[Any]:
         return []
 
 
-def _read_gpu(gpu: Any) -> dict[str, float]:
+def _iter_readings(gpu: Any) -> Iterator[tuple[str, float]]:
+    """Read what a card tells: not every one has all of it, and one may be lost just now."""
     import pynvml
 
-    try:
-        return {
-            "utilization_percent": float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
-            "memory_bytes": float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "temperature_c": float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
-        }
-    except pynvml.NVMLError:  # What a card does not tell, or one that is lost just now.
-        return {}
+    questions: dict[str, Callable[[], float]] = {
+        "utilization_percent": lambda: float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+        "memory_bytes": lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used),
+        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        "temperature_c": lambda: float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+    }
+    for name, ask in questions.items():
+        with suppress(pynvml.NVMLError):
+            yield name, ask()

@@ -46,12 +46,13 @@ class RemovalContract(StageStoreContract):
 
     def test_what_a_person_pinned_stays(self, store: StageStore, publish: Publish) -> None:
         lease = take_lease(store)
-        checkpoint = publish(10)
+        checkpoint = publish(10, kind=CheckpointKind.FINAL)
+        store.hand_over(checkpoint, {"step": 10})
         store.pin("for-the-paper", checkpoint)
         lease.release()
         with pytest.raises(ArgumentError, match=r"pinned as for-the-paper\. Unpin it first\."):
             remove_stage(store.uri, "nightly")
-        store.verify(checkpoint)
+        assert store.find_handover() == (checkpoint, {"step": 10})
 
     def test_a_stage_that_is_being_trained_stays(self, store: StageStore, publish: Publish) -> None:
         store.acquire(Owner.of_this_process("another"), choose_base=choose_nothing)

@@ -3,6 +3,7 @@
 In the order of the file: one `up` serves all tests. How the pages looked is kept in runs/screenshots.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from servers_up import Up, find_ranks, is_committed, list_processes, start_up, wait_for_training, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: see `make e2e`")
@@ -60,31 +60,26 @@ def take_picture(page: playwright.Page, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-def write_recipe(directory: Path, workspace: Path, steps: int) -> Path:
-    """Write `smoke` with a workspace of its own, one rank and so many steps a stage."""
-    recipe = yaml.safe_load((ROOT / "flows/recipes/smoke.yaml").read_text())
-    recipe["workspace"] = str(workspace)
-    recipe["launcher"]["nproc_per_node"] = 1
-    recipe["arguments"]["logging_steps"] = 1
-    for stage in recipe["stages"]:
-        stage["arguments"]["max_steps"] = steps
-    path = directory / "smoke.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def start_run(page: playwright.Page, up: Up, recipe: Path) -> None:
-    """Fill the form of `smoke` with another recipe and its first stage alone, send it, and open the run's page."""
+def start_run(page: playwright.Page, up: Up, workspace: Path, *, steps: int) -> None:
+    """Fill the form of `smoke` with its first stage and some overrides, send it, and open the run's page."""
+    overrides = {
+        "workspace": str(workspace),
+        "launcher.nproc_per_node": 1,
+        "arguments.logging_steps": 1,
+        "stages.stage1.arguments.max_steps": steps,
+    }
     page.goto(up.api_url.replace("/api", "/v2/deployments"))
     page.get_by_role("link", name="smoke", exact=True).click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
     form = page.get_by_role("main")
-    form.get_by_role("tab", name="Recipe file").click()
-    form.get_by_role("tabpanel", name="Recipe file").get_by_role("textbox").fill(str(recipe))
     form.get_by_role("tab", name="list").click()
     form.get_by_role("button", name="Add item").click()
     form.get_by_role("tabpanel", name="list").get_by_role("textbox").fill("stage1")
+    # The one editor of JSON; it is no input element.
+    page.locator(".cm-content").click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.insert_text(json.dumps(overrides))
     take_picture(page, "form")
     submit(page)
 
@@ -113,9 +108,9 @@ def wait_for_end(page: playwright.Page, *, limit_ms: float) -> str:
 
 
 def test_a_run_of_the_form_is_watched_to_its_end_and_shows_its_stages(
-    up: Up, page: playwright.Page, workspace: Path, tmp_path: Path
+    up: Up, page: playwright.Page, workspace: Path
 ) -> None:
-    start_run(page, up, write_recipe(tmp_path, workspace, steps=2))
+    start_run(page, up, workspace, steps=2)
     assert wait_for_end(page, limit_ms=RUN_LIMIT_MS) == "Completed"
     take_picture(page, "run")
     page.get_by_role("tab", name="Artifacts").click()
@@ -142,7 +137,7 @@ def test_a_cancel_of_the_ui_commits_and_leaves_no_process_of_the_run(
     # Made by the first run.
     for name in ("data", "components"):
         shutil.copytree(workspace / name, tmp_path / name)
-    start_run(page, up, write_recipe(tmp_path, tmp_path, steps=100_000))
+    start_run(page, up, tmp_path, steps=100_000)
     wait_for_training(tmp_path)
     assert find_ranks(tmp_path)
     page.get_by_role("main").get_by_role("button", name="Open menu").click()

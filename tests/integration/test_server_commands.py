@@ -30,8 +30,19 @@ from servers_up import (
 pytestmark = pytest.mark.integration
 
 
+def find_process(up: Up, word: str) -> int:
+    return next(iter(list_processes(up.directory, word)), 0)
+
+
 def find_worker(up: Up) -> int:
-    return next(iter(list_processes(up.directory, "prefect worker start")), 0)
+    return find_process(up, "prefect worker start")
+
+
+def answers(up: Up) -> bool:
+    try:
+        return httpx.get(f"{up.api_url}/health", timeout=5).is_success
+    except httpx.TransportError:
+        return False
 
 
 def read_states(directory: Path) -> dict[str, str]:
@@ -116,8 +127,13 @@ def test_a_cancelled_run_saves_and_leaves_no_rank(up: Up, tmp_path: Path) -> Non
     assert is_committed(tmp_path), "the stop did not commit"
 
 
-def test_a_cancel_reaches_a_run_whose_worker_was_killed(up: Up, tmp_path: Path) -> None:
+def test_a_run_outlives_its_server_and_its_worker_and_hears_of_a_cancel(up: Up, tmp_path: Path) -> None:
     run_id = start_long_run(up, tmp_path)
+    os.kill(find_process(up, "prefect server start"), signal.SIGKILL)
+    wait_until(lambda: not answers(up), "the server outlived its death", deadline_s=10)
+    # `up` starts it again, on the same database.
+    wait_until(lambda: answers(up), "the server did not come back", deadline_s=120)
+    assert up.get_state(run_id) == "RUNNING"
     os.kill(find_worker(up), signal.SIGKILL)
     # `up` starts another, which knows nothing of the run.
     wait_until(lambda: find_worker(up), "no other worker was started", deadline_s=30)

@@ -68,8 +68,9 @@ def test_an_image_that_is_gone_costs_its_picture_only(questions: list[Question])
 
 
 def test_ranks_together_keep_what_one_would_have_kept() -> None:
-    shares = [[make_example(number) for number in range(NUM_WRONG)] for _ in range(3)]
-    assert len(merge_examples(shares)) == NUM_WRONG
+    # Each rank has every third question, and chose among those.
+    shares = [[make_example(rank + 1 + 3 * place) for place in range(NUM_WRONG)] for rank in range(3)]
+    assert [each.sample_id for each in merge_examples(shares)] == [f"red:{1 + place}" for place in range(NUM_WRONG)]
 
 
 def test_many_data_sets_do_not_make_a_long_list() -> None:

@@ -21,7 +21,7 @@ class Clock:
 
 
 class FakeNvidia(ModuleType):
-    """NVIDIA's library on a machine with two cards, of which the second is lost while it is read."""
+    """NVIDIA's library on a machine with two cards, of which the second does not tell two things."""
 
     NVML_TEMPERATURE_GPU = 0
 
@@ -38,13 +38,15 @@ class FakeNvidia(ModuleType):
 
     def nvmlDeviceGetUtilizationRates(self, gpu: int) -> SimpleNamespace:
         if gpu == 1:
-            raise self.NVMLError("GPU is lost")
+            raise self.NVMLError("Not Supported")
         return SimpleNamespace(gpu=87)
 
     def nvmlDeviceGetMemoryInfo(self, gpu: int) -> SimpleNamespace:
         return SimpleNamespace(used=40 << 30)
 
     def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:
+        if gpu == 1:
+            raise self.NVMLError("Not Supported")
         return 612_500
 
     def nvmlDeviceGetTemperature(self, gpu: int, kind: int) -> int:
@@ -81,4 +83,6 @@ def test_each_gpu_tells_what_it_can(tmp_path: Path) -> None:
         "system/gpu_0_memory_bytes": float(40 << 30),
         "system/gpu_0_power_w": 612.5,
         "system/gpu_0_temperature_c": 71.0,
+        "system/gpu_1_memory_bytes": float(40 << 30),
+        "system/gpu_1_temperature_c": 71.0,
     }

@@ -130,7 +130,6 @@ def test_a_tilde_in_the_workspace_is_the_home_directory(path: Path, monkeypatch:
         ("stages.stage1.gate.metric=accuracy", "stages.stage1.gate.at_least: missing. It is: Smallest score"),
         ("stages.stage1.gate.at_most=1", "stages.stage1.gate.at_most: no such key (did you mean at_least?)."),
         ("retry_delays_s=[-1]", "retry_delays_s.0: -1: Input should be greater than or equal to 0."),
-        ("start_from=s3://b/x", "start_from: would be ignored, for stages.stage1 names its own start."),
         ("stages.stage1.start_from=s3://b/x", "stages.stage1: names both start_from and a model of its own."),
         ("stages.stage1.5.name=stage1", "stages: names must differ, but are stage1, stage1."),
     ],
@@ -382,6 +381,20 @@ def test_metrics_go_where_the_recipe_says_or_else_the_environment(path: Path, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert load_recipe(str(path)).tracking == "http://127.0.0.1:5000"
     assert load_recipe(str(path), {"tracking_uri": "sqlite:////m.db"}).tracking == "sqlite:////m.db"
+
+
+def test_a_recipe_with_two_starts_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {**RECIPE, "start_from": "s3://b/x"})
+    with pytest.raises(ArgumentError, match=r"start_from: would be ignored, for stages\.stage1 names"):
+        load_recipe(str(path))
+
+
+def test_a_start_that_the_caller_gives_takes_the_place_of_the_recipe_s_own(path: Path) -> None:
+    assert load_recipe(str(path)).stages[0].brings_own_weights
+    recipe = load_recipe(str(path), {"start_from": "s3://b/x"})
+    assert recipe.start_from == "s3://b/x"
+    assert not recipe.stages[0].brings_own_weights
+    check_stage_arguments(recipe.stages, starts_from_checkpoint=True)
 
 
 def test_a_password_in_the_address_of_mlflow_is_refused_and_not_repeated(path: Path) -> None:

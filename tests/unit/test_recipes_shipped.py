@@ -256,7 +256,7 @@ def test_a_drop_path_rate_that_differs_from_the_script_says_so_at_its_line(row: 
 def test_every_shipped_recipe_is_in_a_table() -> None:
     finetunes = [f"finetune-{row['recipe']}" for row in read_table(FINETUNE)]
     pretrains = [f"internvl2_5-{row['size']}" for row in read_table(COMPONENTS)]
-    assert list_recipes() == sorted([*finetunes, *pretrains, "smoke"])
+    assert list_recipes() == sorted([*finetunes, *pretrains, "smoke", "smoke-nightly"])
     in_rows = {(row["size"], f"stage{row['stage']}") for row in read_table(PRETRAIN)}
     assert in_rows == {
         (name.removeprefix("internvl2_5-"), stage.name) for name in pretrains for stage in load_recipe(name).stages
