@@ -23,7 +23,8 @@ from internvl_core.contract import CheckpointRef, StageFailure, StageFile, Stage
 from internvl_core.errors import ArgumentError
 from internvl_core.smoke.components import ComponentsSettings, generate_components
 from internvl_core.smoke.digits import DigitsSettings, generate_digits
-from tasks.launch import RunningStage, build_command, get_limits, launch_command, launch_stage
+from tasks.launch import RunningStage, get_limits, launch_command, launch_stage
+from tasks.torchrun_command import build_command
 
 DEADLINE_S = 240
 FINGERPRINT = "0" * 64

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from internvl_core.contract import STATE_FILE, StageFile
-from tasks.launch import RunningStage, build_command
+from tasks.launch import RunningStage
+from tasks.torchrun_command import build_command
 
 FAKES = Path(__file__).with_name("fakes")
 MARK = "INTERNVL_TEST_MARK"

@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from internvl_core.contract import StageFile
 from internvl_core.errors import ArgumentError
-from tasks.launch import LineTail, build_command, launch_stage
+from tasks.launch import launch_stage
+from tasks.line_tail import LineTail
 from tasks.stage import Launcher
+from tasks.torchrun_command import build_command
 
 ATTEMPT_DIR = Path("/runs/one two/attempt-1")
 STAGE = StageFile(
