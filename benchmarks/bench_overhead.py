@@ -26,7 +26,7 @@ from typing import Any
 
 from machine import name_processor
 
-from flows.local_services import LocalServices, check_port, describe_prefect
+from flows.local_services import LocalServices, check_ports, describe_prefect
 from flows.recipe import Recipe, load_recipe
 from internvl_core.smoke.components import generate_components
 from internvl_core.smoke.digits import generate_digits
@@ -35,7 +35,6 @@ GOAL_RATIO = 1.15
 GOAL_STAGE_S = 2.0
 GOAL_REFUSAL_S = 5.0
 PORT = 42080
-RANKS = 2
 
 
 def make_inputs(folder: Path) -> Path:
@@ -89,7 +88,7 @@ def iter_commands(recipe: Recipe) -> Iterator[str]:
             arguments["model_name_or_path"] = before
         given = " ".join(f"--{name}={value}" for name, value in arguments.items())
         yield (
-            f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node={RANKS} "
+            f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node={stage.launcher.nproc_per_node} "
             f"-m internvl_core.{stage.entry} {given}"
         )
         before = output_dir
@@ -97,8 +96,8 @@ def iter_commands(recipe: Recipe) -> Iterator[str]:
 
 @contextmanager
 def serve_prefect(folder: Path) -> Iterator[dict[str, str]]:
-    """Run a Prefect server; yields the environment in which a run goes to it."""
-    check_port(PORT, "this benchmark's server")
+    """Run a Prefect server; yield the environment in which a run goes to it."""
+    check_ports({"this benchmark's server": PORT})
     services, service = LocalServices(folder), describe_prefect(folder, PORT)
     services.start(service)
     try:

@@ -189,7 +189,7 @@ def _ui_commands(recipe: "Recipe") -> dict[str, str]:
     """Name the commands that open the UIs on what just ran, ready to be pasted into a shell."""
     from prefect.settings import get_current_settings
 
-    from tasks.track_run import hide_password
+    from tasks.address import hide_password
 
     settings = get_current_settings()
     bin_dir = Path(sys.executable).parent
@@ -201,7 +201,8 @@ def _ui_commands(recipe: "Recipe") -> dict[str, str]:
         prefect_ui = f"{server}    then http://127.0.0.1:4200/v2/runs"
     if recipe.tracking.startswith(("http://", "https://")):
         return {"Prefect UI": prefect_ui, "MLflow UI": hide_password(recipe.tracking)}
-    mlflow = shlex.join([f"{bin_dir}/mlflow", "ui", "--workers", "1", "--backend-store-uri", recipe.tracking])
+    database = hide_password(recipe.tracking)
+    mlflow = shlex.join([f"{bin_dir}/mlflow", "ui", "--workers", "1", "--backend-store-uri", database])
     return {"Prefect UI": prefect_ui, "MLflow UI": f"{mlflow}    then http://127.0.0.1:5000"}
 
 

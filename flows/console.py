@@ -11,6 +11,7 @@ from prefect.logging.configuration import setup_logging
 from prefect.settings import get_current_settings
 
 from internvl_core.errors import ArgumentError, InternVLError
+from tasks.address import hide_password
 
 _FLOW_LOGGER = "prefect.flow_runs"
 _RUN_LOGGERS = (_FLOW_LOGGER, "prefect.task_runs")
@@ -53,8 +54,8 @@ def check_server() -> None:
         error = client.api_healthcheck()
     if error is not None:
         raise ArgumentError(
-            f"PREFECT_API_URL: {url} does not answer as a Prefect server ({error}). Start it, or unset "
-            "PREFECT_API_URL to run on the embedded one."
+            hide_password(f"PREFECT_API_URL: {url} does not answer as a Prefect server ({error}). ")
+            + "Start it, or unset PREFECT_API_URL to run on the embedded one."
         )
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.kept_settings import KeptSettings
 from internvl_core.errors import ArgumentError, InternVLError
-from tasks.track_run import hide_password
+from tasks.address import hide_password
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_FILE = ROOT / "deployments" / "prefect.yaml"
@@ -29,6 +30,8 @@ def register(
     check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Register all of it on a server; what is there is updated, but not the settings of the pool.
+
+    Schedules and parameters that somebody set on the server stay, unless the file is one's own.
 
     Args:
         file: the deployments; its flows are looked for from the folder above its own.
@@ -52,7 +55,11 @@ def register(
     if not server.accepts("prefect", "work-pool", "inspect", pool):
         server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", "process")
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", str(file.resolve()), "--all")
+    # A file of somebody's own says what he wants.
+    kept = KeptSettings(api_url, server.environment) if file.resolve() == DEFAULT_FILE.resolve() else None
     output = server.run(*deploy, directory=file.resolve().parents[1])
+    if kept is not None:
+        kept.restore()
     server.run("flows.dead_runs")
     return sorted(set(_find_deployed(output)))
 
@@ -74,7 +81,7 @@ class _Server:
         """Run a module with its arguments; return what it prints."""
         exit_code, output = self._run(module, directory)
         if exit_code != 0:
-            raise InternVLError(f"{hide_password(self.api_url)} refused `{' '.join(module)}`:\n{output.rstrip()}")
+            raise InternVLError(hide_password(f"{self.api_url} refused `{' '.join(module)}`:\n{output.rstrip()}"))
         return output
 
     def accepts(self, *module: str) -> bool:

@@ -5,8 +5,12 @@ from collections.abc import Callable
 
 import httpx
 
+from internvl_core.errors import InternVLError
+
 _BEGUN = ["RUNNING", "PENDING", "CANCELLING"]
 _POLL_S = 0.5
+_WAITS_S = (0.2, 0.5, 1.0, 2.0)
+"""Before further tries."""
 
 
 class LiveRuns:
@@ -49,5 +53,19 @@ class LiveRuns:
         return found
 
     def _send(self, method: str, path: str, content: dict[str, object]) -> httpx.Response:
-        answer = httpx.request(method, f"{self._api_url}/{path}", json=content, timeout=30)
-        return answer.raise_for_status()
+        """Ask the server; one on SQLite turns away one of two that write at once, with 503.
+
+        Raises:
+            InternVLError: it refuses, or does not answer.
+        """
+        for wait_s in (*_WAITS_S, None):
+            try:
+                # A proxy is for the world outside.
+                answer = httpx.request(method, f"{self._api_url}/{path}", json=content, timeout=30, trust_env=False)
+                return answer.raise_for_status()
+            except (httpx.HTTPStatusError, httpx.TransportError) as error:
+                is_busy = not isinstance(error, httpx.HTTPStatusError) or error.response.status_code == 503
+                if wait_s is None or not is_busy:
+                    raise InternVLError(f"the Prefect server does not take {method} {path}: {error}") from error
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")

@@ -1,7 +1,7 @@
 """The services of one machine: a Prefect server, an MLflow server and a worker, each a child of this process.
 
-They listen on the loopback address, keep all they know below one directory, write a log there each, and die with
-this process.
+They listen on the loopback address, keep all they know below one directory, write a log there each, and end with
+this process; of one that is killed MLflow's own children stay, and hold its port.
 """
 
 import os
@@ -19,9 +19,11 @@ import httpx
 
 from internvl_core.errors import ArgumentError, InternVLError
 from internvl_core.supervision.process_tree import start_owned
+from tasks.holder import describe_holder, read_holder, take, write_holder
 
 HOST = "127.0.0.1"
 POOL = "internvl"
+LOCK_FILE = "lock"
 
 _START_LIMIT_S = 180.0
 """The first start makes both databases."""
@@ -46,6 +48,22 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     url: str | None = None
     """Answers when it is up; None: it is up when it runs."""
+
+
+@contextmanager
+def hold_directory(directory: Path) -> Iterator[None]:
+    """Keep a second `up` out of a directory, whose databases are for one server each.
+
+    Raises:
+        ArgumentError: naming who holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("a+") as file:
+        if not take(file):
+            holder, _ = describe_holder(read_holder(file))
+            raise ArgumentError(f"--directory: {directory} is that of {holder}. Stop it, or give another one.")
+        write_holder(file, "internvl up")
+        yield
 
 
 class LocalServices:
@@ -189,7 +207,9 @@ def build_environment(own: Mapping[str, str]) -> dict[str, str]:
     inherited = {
         name: value for name, value in os.environ.items() if name in _PASSWORDS or not name.startswith(_OTHER_SERVERS)
     }
-    return {**inherited, **own}
+    # The servers are on this machine, whatever proxy is for the world outside.
+    without_proxy = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST]))
+    return {**inherited, "NO_PROXY": without_proxy, "no_proxy": without_proxy, **own}
 
 
 def check_ports(ports: Mapping[str, int]) -> None:
@@ -220,11 +240,17 @@ def check_ports(ports: Mapping[str, int]) -> None:
 def count_signals(numbers: tuple[signal.Signals, ...]) -> Iterator[Callable[[], int]]:
     """Count signals in place of what they do; yields a function that returns how many have come so far.
 
-    A SIGHUP that is ignored stays so, for that is what `nohup` asks for.
+    A SIGHUP that is ignored stays so, for that is what `nohup` asks for. Several of them are one: a
+    terminal that is closed may send it twice, by the kernel and by its shell.
     """
     came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if number != signal.SIGHUP or number not in came:
+            came.append(number)
+
     before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
+        number: signal.signal(number, note)
         for number in numbers
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
     }
@@ -239,7 +265,7 @@ def _answers(url: str | None) -> bool:
     if url is None:
         return True
     try:
-        return httpx.get(url, timeout=5).is_success
+        return httpx.get(url, timeout=5, trust_env=False).is_success
     except httpx.TransportError:
         return False
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flows.recipe import list_recipes
+from flows.recipe import TRACKING_PATTERN, list_recipes
 from internvl_core.checkpoint.uri import STORE_PROTOCOLS
 from tasks.stage import Launcher
 
@@ -26,7 +26,7 @@ _STORES = "|".join(sorted(STORE_PROTOCOLS - {"memory"}))
 _ADDRESS = rf"^(({_STORES})://[^/@?#]*(/[^?#]*)?$|/)"
 StoreUri = Annotated[str, Field(title="Store", pattern=_ADDRESS)]
 CheckpointUri = Annotated[str, Field(title="Checkpoint", pattern=_ADDRESS)]
-TrackingUri = Annotated[str, Field(title="MLflow", pattern=r"^(https?://[^/@?#\s]+(/[^@?#\s]*)?$|sqlite:///)")]
+TrackingUri = Annotated[str, Field(title="MLflow", pattern=TRACKING_PATTERN)]
 Processes = Annotated[Launcher, Field(title="Launcher", description="How many processes, and where.")]
 
 

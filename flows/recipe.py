@@ -17,6 +17,8 @@ from tasks.stage import PREVIOUS, Gate, Launcher, Stage
 from tasks.stage_plan import COMPONENTS
 
 SHIPPED = resources.files("flows") / "recipes"
+TRACKING_PATTERN = r"^(https?://[^/@?#\s]+(/[^@?#\s]*)?$|sqlite:///)"
+"""What may be the address of MLflow: nothing that could hold a secret."""
 _SHOWN_CHARACTERS = 60
 
 
@@ -88,10 +90,11 @@ class Recipe(BaseModel):
     @field_validator("tracking_uri")
     @classmethod
     def _check_no_password(cls, uri: str | None) -> str | None:
-        if uri is not None and uri.startswith(("http://", "https://")) and re.search("[@?#]", uri):
+        if uri is not None and not re.match(TRACKING_PATTERN, uri):
             raise ValueError(
-                "holds a user, a password or a query, which logs and pages would show. Leave them out, and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the run starts."
+                "should be http(s)://host:port/path or sqlite:////path, without a user, a password or a query, which "
+                "logs and pages would show. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the run "
+                "starts."
             )
         return uri
 

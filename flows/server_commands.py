@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 
 from flows.deployments import DEFAULT_FILE, register
@@ -23,8 +22,9 @@ from flows.local_services import (
     describe_mlflow,
     describe_prefect,
     describe_worker,
+    hold_directory,
 )
-from internvl_core.errors import ArgumentError
+from internvl_core.errors import ArgumentError, InternVLError
 
 _POLL_S = 0.5
 
@@ -40,7 +40,7 @@ def up(
     directory = directory.absolute()
     services = LocalServices(directory)
     # SIGHUP: the terminal was closed.
-    with count_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as count:
+    with hold_directory(directory), count_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as count:
         try:
             _tell(f"Starting a Prefect server, MLflow and a worker; logs in {directory}")
             _serve(services, directory, prefect_port, mlflow_port, file, count)
@@ -120,15 +120,16 @@ def _stop_runs(runs: LiveRuns, count: Callable[[], int]) -> None:
 
     What is queued stays so, for the next `up`.
     """
-    told = count()
+    # Two at once are two: the second is not to be waited for.
+    told = min(count(), 1)
     try:
         runs.hold_queue()
         names = runs.cancel()
         if names:
             _tell(f"Stopping {', '.join(names)}: it saves first. Ctrl-C again does not wait for it.")
             runs.wait(lambda: count() > told)
-    except httpx.HTTPError as error:
-        _tell(f"The server does not tell which runs are at work ({error}); they save when the worker ends.", err=True)
+    except InternVLError as error:
+        _tell(f"Runs are not waited for, and save when the worker ends: {error}", err=True)
 
 
 def _tell(line: str, *, err: bool = False) -> None:

@@ -53,7 +53,10 @@ class RecipeResult:
 
 
 def name_run() -> str:
-    """Name a flow run after its recipe, `smoke` or the file's name without folder and ending, unless a person did."""
+    """Name a flow run after its recipe: `smoke`, or the file's name without folder and ending.
+
+    A name that a person gave stays, if it is not of the form that drawn ones have.
+    """
     given = str(running_flow.name)
     return Path(running_flow.parameters["recipe"]).stem if _DRAWN_NAME.fullmatch(given) else given
 
@@ -186,8 +189,8 @@ def _report(result: RecipeResult, tracker: RunTracker) -> Iterator[None]:
             try:
                 result.report_path = _write_report(result, path, links)
                 tracker.add_file(path)
-            except OSError as error:
-                logger.warning("%s: the report could not be written: %s", path, error)
+            except Exception as error:  # noqa: BLE001  whatever is wrong with a page: the stages are trained
+                logger.warning("%s: the report could not be written: %s: %s", path, type(error).__name__, error)
             show_stages(recipe.name, result.trained, links=links)
 
 

@@ -19,6 +19,8 @@ from prefect.settings import get_current_settings
 POLL_S = 10.0
 TIMEOUT_S = 10.0
 
+_CANCELS = (StateType.CANCELLING, StateType.CANCELLED)
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +63,7 @@ class CancelWatch:
     def _ask(self) -> None:
         assert self._id is not None
         assert self._client is not None
+        is_cancelling = False
         with self._client as client:
             while not self._is_over.is_set():
                 try:
@@ -68,7 +71,9 @@ class CancelWatch:
                 except Exception as error:  # noqa: BLE001  whatever the client throws: training goes on without an answer
                     logger.debug("The state of the run is not known: %s: %s", type(error).__name__, error)
                 else:
-                    if state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED):
+                    was_cancelling, is_cancelling = is_cancelling, state is not None and state.type in _CANCELS
+                    # At the second look: the signal of a worker comes before that, and two would cut the save's wait.
+                    if is_cancelling and was_cancelling:
                         self._is_told.set()
                         return
                 self._is_over.wait(POLL_S)

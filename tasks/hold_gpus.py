@@ -3,10 +3,11 @@
 import fcntl
 import logging
 import os
+import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,9 +21,9 @@ _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 logger = logging.getLogger(__name__)
 
 
-def find_gpus(num_ranks: int) -> list[str]:
+def find_gpus(num_ranks: int, *, devices_dir: Path = Path("/dev")) -> list[str]:
     """Name the GPUs that so many ranks would take, by their numbers or as CUDA_VISIBLE_DEVICES does; may be none."""
-    devices = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+    devices = sorted(int(path.name.removeprefix("nvidia")) for path in devices_dir.glob("nvidia[0-9]*"))
     visible = os.environ.get(_VISIBLE_GPUS)
     names = [str(number) for number in devices] if visible is None else visible.split(",")
     return [name.strip() for name in names if name.strip()][:num_ranks] if devices else []
@@ -30,7 +31,12 @@ def find_gpus(num_ranks: int) -> list[str]:
 
 @contextmanager
 def hold_gpus(
-    gpus: Sequence[str], run_id: str, *, patience_s: float, directory: Path | None = None
+    gpus: Sequence[str],
+    run_id: str,
+    *,
+    patience_s: float,
+    directory: Path | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[int | None]:
     """Wait for the GPUs on which a run that is gone still saves, and say that this run trains on them.
 
@@ -43,6 +49,7 @@ def hold_gpus(
         run_id: of who wants them.
         patience_s: how long others, if this run is gone, wait for its ranks.
         directory: of the locks, one for all workspaces of this user; for tests.
+        check: called while it waits; what it raises ends that.
 
     Raises:
         LeaseHeld: they were not free in the time that the other run gave itself.
@@ -52,11 +59,14 @@ def hold_gpus(
         return
     # Not XDG_RUNTIME_DIR: a login shell has one, a worker that is a system service has none.
     directory = directory or Path(tempfile.gettempdir()) / f"internvl-gpus-{os.getuid()}"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_own(directory):
+        logger.warning("%s is not this user's own folder: other runs on GPUs are not waited for.", directory)
+        yield None
+        return
     for path in sorted(directory.glob("*.json")):
         # Another run may just have removed it.
         with suppress(FileNotFoundError), path.open("r+") as file:
-            if _await_left(file, set(gpus)):
+            if _await_left(file, set(gpus), check):
                 path.unlink(missing_ok=True)
     path = directory / f"{uuid.uuid4().hex}.new"
     with path.open("x+") as file:
@@ -67,11 +77,19 @@ def hold_gpus(
         yield file.fileno()
 
 
-def _await_left(file: TextIOWrapper, gpus: set[str]) -> bool:
+def _is_own(directory: Path) -> bool:
+    """Make the folder if need be; tell whether nobody else can write into it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _await_left(file: TextIOWrapper, gpus: set[str], check: Callable[[], None]) -> bool:
     """Wait until a run has left its GPUs, if it is gone and they are among these; tell whether it has."""
     began = time.monotonic()
     is_told = False
     while not take(file):
+        check()
         content = read_holder(file)
         holder, is_gone = describe_holder(content)
         shared = gpus & set(content["gpus"]) if content else set()

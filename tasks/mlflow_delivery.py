@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tasks.address import hide_password
 from tasks.mlflow_client import connect, ensure_experiment
 from tasks.tracking_spool import Progress, StageDelivery, TrackingSpool, read_rows
 
@@ -115,7 +116,9 @@ class MlflowDelivery:
     def _finish_stage(self, event: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        stage = self._progress.stages[event["key"]]
+        stage = self._progress.stages.get(event["key"])
+        if stage is None:
+            return  # The disk was too full for the line that starts it.
         self._pump(stage)
         step = max(stage.last_steps.values(), default=0)
         metrics = {_clean_name(name): float(value) for name, value in event["metrics"].items()}
@@ -194,7 +197,7 @@ class MlflowDelivery:
         try:
             self._client.log_artifact(run_id, str(file))
         except Exception as error:  # noqa: BLE001  of MLflow, of an SDK of a store, of the file system
-            refusal = f"{type(error).__name__}: {error}"
+            refusal = hide_password(f"{type(error).__name__}: {error}")
         else:
             return
         # Raises if it is MLflow that does not answer: then the file is sent again with all that follows.

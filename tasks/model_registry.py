@@ -15,8 +15,8 @@ from typing import Any, Self
 
 from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError, StoreUnavailable
+from tasks.address import hide_password
 from tasks.mlflow_client import connect, ensure_experiment
-from tasks.track_run import hide_password
 
 CHAMPION = "champion"
 

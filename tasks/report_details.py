@@ -9,9 +9,9 @@ from typing import Any
 from internvl_core.argument_rules import resolve_arguments
 from internvl_core.contract import EXAMPLES_FILE, RESULT_FILE, STAGE_FILE
 from internvl_core.inspection.lint_report import MetaReport
+from tasks.address import hide_password
 from tasks.data_table import COLUMNS, data_rows, iter_problem_lines
 from tasks.stage_plan import SET_BY_PIPELINE
-from tasks.track_run import hide_password
 from tasks.trained_stage import TrainedStage
 
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")

@@ -10,7 +10,6 @@ with the same key, or `replay`, goes on.
 """
 
 import logging
-import re
 import shlex
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from internvl_core.errors import ArgumentError
+from tasks.address import hide_password
 from tasks.mlflow_delivery import MlflowDelivery, build_run_url
 from tasks.tracking_spool import EVENTS_FILE, Progress, TrackingSpool
 
@@ -273,8 +273,3 @@ def _warn_of_backlog(spool: TrackingSpool, tracking_uri: str, reason: str = "no 
 
 def _describe(error: Exception) -> str:
     return hide_password(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
-
-
-def hide_password(text: str) -> str:
-    """Take user, password and query out of every address in a text; rather too much than too little."""
-    return re.sub(r"(?<=://)([^\s?#]*)[?#]\S*", r"\1", re.sub(r"(?<=://)\S*@", "", text))

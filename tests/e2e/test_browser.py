@@ -146,11 +146,11 @@ def test_a_cancel_of_the_ui_commits_and_leaves_no_process_of_the_run(
     assert wait_for_end(page, limit_ms=CANCEL_LIMIT_MS) == "Cancelled"
     # Cancelled is said when the last rank is gone, not before.
     assert find_ranks(tmp_path) == []
-    wait_until(lambda: not list_processes(tmp_path), f"left: {list_processes(tmp_path)}", deadline_s=10)
+    wait_until(lambda: not list_processes(tmp_path), lambda: f"left: {list_processes(tmp_path)}", deadline_s=10)
     assert is_committed(tmp_path), "the stop did not commit"
 
 
 def test_after_ctrl_c_no_process_is_left(up: Up) -> None:
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(60) == 0
-    wait_until(lambda: not list_processes(up.directory), f"left: {list_processes(up.directory)}", deadline_s=10)
+    assert up.process.wait(180) == 0
+    wait_until(lambda: not list_processes(up.directory), lambda: f"left: {list_processes(up.directory)}", deadline_s=10)

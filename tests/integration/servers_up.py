@@ -49,10 +49,10 @@ class Up:
         return str(self.get(f"flow_runs/{run_id}")["state_type"])
 
 
-def wait_until(condition: Callable[[], Any], message: str, *, deadline_s: float) -> None:
+def wait_until(condition: Callable[[], Any], message: str | Callable[[], str], *, deadline_s: float) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < end, message
+        assert time.monotonic() < end, message if isinstance(message, str) else message()
         time.sleep(0.2)
 
 

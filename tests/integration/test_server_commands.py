@@ -29,13 +29,20 @@ from servers_up import (
 
 pytestmark = pytest.mark.integration
 
-
-def find_process(up: Up, word: str) -> int:
-    return next(iter(list_processes(up.directory, word)), 0)
+NIGHTLY = "deployments/name/finetune-nightly/finetune-nightly"
 
 
-def find_worker(up: Up) -> int:
+def find_process(up: Up, word: str) -> int | None:
+    return next(iter(list_processes(up.directory, word)), None)
+
+
+def find_worker(up: Up) -> int | None:
     return find_process(up, "prefect worker start")
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
 
 
 def answers(up: Up) -> bool:
@@ -84,12 +91,17 @@ def test_the_server_watches_for_runs_whose_process_is_gone(up: Up) -> None:
     assert names == ["internvl: mark dead runs as crashed"]
 
 
-def test_deploying_again_updates_what_is_there_but_not_the_settings_of_a_pool(up: Up) -> None:
+def test_deploying_again_updates_what_is_there_but_not_what_somebody_set(up: Up) -> None:
     automation = up.post("automations/filter")[0]
     old = {"trigger": {**automation["trigger"], "within": 90}, "enabled": False}
     content = {name: value for name, value in {**automation, **old}.items() if name not in ("id", "created", "updated")}
     httpx.put(f"{up.api_url}/automations/{automation['id']}", json=content, timeout=30).raise_for_status()
     up.patch("work_pools/internvl", concurrency_limit=7)
+    nightly = up.get(NIGHTLY)
+    (schedule,) = nightly["schedules"]
+    path, own = f"deployments/{nightly['id']}", {"recipe": "smoke-nightly"}
+    up.patch(path, parameters={"model": "mine"})
+    up.patch(f"{path}/schedules/{schedule['id']}", active=True, parameters=own)
 
     def deploy(*options: str) -> set[str]:
         environment = get_environment(PREFECT_API_URL=up.api_url, PREFECT_HOME=str(up.directory / "deploying"))
@@ -103,6 +115,10 @@ def test_deploying_again_updates_what_is_there_but_not_the_settings_of_a_pool(up
     assert not updated["enabled"], "somebody had switched it off"
     assert deploy() == {"internvl"}
     assert up.get("work_pools/internvl")["concurrency_limit"] == 7
+    assert up.get(NIGHTLY)["parameters"] == {"model": "mine"}
+    (kept,) = up.get(NIGHTLY)["schedules"]
+    assert (kept["active"], kept["parameters"]) == (True, own)
+    up.patch(f"{path}/schedules/{kept['id']}", active=False)
     # An update would forget the heartbeats that the server has seen.
     assert up.post("automations/filter") == [updated]
 
@@ -129,12 +145,12 @@ def test_a_cancelled_run_saves_and_leaves_no_rank(up: Up, tmp_path: Path) -> Non
 
 def test_a_run_outlives_its_server_and_its_worker_and_hears_of_a_cancel(up: Up, tmp_path: Path) -> None:
     run_id = start_long_run(up, tmp_path)
-    os.kill(find_process(up, "prefect server start"), signal.SIGKILL)
+    kill(find_process(up, "prefect server start"))
     wait_until(lambda: not answers(up), "the server outlived its death", deadline_s=10)
     # `up` starts it again, on the same database.
     wait_until(lambda: answers(up), "the server did not come back", deadline_s=120)
     assert up.get_state(run_id) == "RUNNING"
-    os.kill(find_worker(up), signal.SIGKILL)
+    kill(find_worker(up))
     # `up` starts another, which knows nothing of the run.
     wait_until(lambda: find_worker(up), "no other worker was started", deadline_s=30)
     assert find_ranks(tmp_path), "the run did not outlive its worker"
@@ -155,11 +171,11 @@ def test_ctrl_c_stops_the_run_that_saves_and_leaves_no_process(up: Up, tmp_path:
     overrides = {**QUICK["overrides"], "workspace": str(tmp_path / "queued")}
     queued_run.append(up.create_run("pretrain/pretrain", {**QUICK, "overrides": overrides}).json()["id"])
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(90) == 0
+    assert up.process.wait(180) == 0
     assert up.process.stdout is not None
     assert re.search(r"Stopping smoke: it saves first\..*\nStopped\.\n$", up.process.stdout.read())
     assert is_committed(tmp_path), "the stop did not commit"
-    wait_until(lambda: not list_processes(up.directory), f"left: {list_processes(up.directory)}", deadline_s=10)
+    wait_until(lambda: not list_processes(up.directory), lambda: f"left: {list_processes(up.directory)}", deadline_s=10)
     states = read_states(up.directory)
     assert (states[running], states[queued_run[0]]) == ("CANCELLED", "SCHEDULED")
 
@@ -170,7 +186,7 @@ def test_what_was_queued_at_ctrl_c_begins_with_the_next_up(directory: Path, queu
         wait_until(lambda: up.get_state(run_id) != "SCHEDULED", "it did not begin", deadline_s=60)
         # A terminal that is closed.
         up.process.send_signal(signal.SIGHUP)
-        assert up.process.wait(90) == 0
+        assert up.process.wait(180) == 0
     assert read_states(directory)[run_id] == "CANCELLED"
 
 
@@ -178,10 +194,10 @@ def test_ctrl_c_ends_a_start_but_for_a_database_that_is_being_made(tmp_path: Pat
     with start_up(tmp_path, until="Starting") as up:
         wait_until((tmp_path / "mlflow.db").exists, "MLflow did not start", deadline_s=60)
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(60) == 130
+        assert up.process.wait(180) == 130
         assert up.process.stdout is not None
         assert up.process.stdout.read() == "Stopping when the servers have made their databases.\nStopped.\n"
     # MLflow refuses one that it could not finish.
     assert "Application startup complete" in (tmp_path / "mlflow.log").read_text()
     assert not (tmp_path / "worker.log").exists()
-    wait_until(lambda: not list_processes(tmp_path), f"left: {list_processes(tmp_path)}", deadline_s=10)
+    wait_until(lambda: not list_processes(tmp_path), lambda: f"left: {list_processes(tmp_path)}", deadline_s=10)

@@ -70,7 +70,7 @@ def describe_run(state: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cancel_watch, "POLL_S", 0.01)
-    monkeypatch.setattr(cancel_watch, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cancel_watch, "TIMEOUT_S", 1.0)
 
 
 def watch_run(port: int) -> CancelWatch:
@@ -95,7 +95,13 @@ def test_a_cancel_is_heard_from_a_server_that_erred_hung_and_said_nonsense_befor
     answers = ["RUNNING", "error", "hang", "no JSON", "RUNNING", state]
     with FakeServer(*answers) as server, watch_run(server.server_port) as watch:
         wait_for_cancel(watch)
-        assert server.given == answers
+        assert server.given[: len(answers)] == answers
+
+
+def test_one_look_is_not_enough_for_a_worker_s_signal_comes_first() -> None:
+    with FakeServer("CANCELLING", "RUNNING", "CANCELLING", "RUNNING") as server, watch_run(server.server_port) as watch:
+        wait_until_asked(server, 6)
+        watch.check()
 
 
 def test_a_cancel_is_heard_from_a_server_that_was_gone_meanwhile() -> None:
@@ -121,7 +127,7 @@ def test_a_server_that_hangs_holds_nobody_up() -> None:
         began = time.monotonic()
         with watch_run(server.server_port) as watch:
             watch.check()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < DEADLINE_S
 
 
 def test_without_a_flow_nobody_is_asked() -> None:

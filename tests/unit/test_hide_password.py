@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.track_run import hide_password
+from tasks.address import hide_password
 
 
 @pytest.mark.parametrize(

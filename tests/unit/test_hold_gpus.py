@@ -66,9 +66,43 @@ def test_without_gpus_nothing_is_held(tmp_path: Path) -> None:
         assert not (tmp_path / "locks").exists()
 
 
-def test_the_gpus_of_a_stage_are_those_that_its_ranks_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    has_gpus = bool(list(Path("/dev").glob("nvidia[0-9]*")))
+def test_the_gpus_of_a_stage_are_those_that_its_ranks_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert find_gpus(8, devices_dir=tmp_path) == ["0", "1", "10"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6,7")
-    assert find_gpus(2) == (["4", "6"] if has_gpus else [])
+    assert find_gpus(2, devices_dir=tmp_path) == ["4", "6"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_gpus(2) == []
+    assert find_gpus(2, devices_dir=tmp_path) == []
+
+
+def test_a_machine_without_gpus_has_none_whatever_the_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert find_gpus(1, devices_dir=tmp_path) == []
+
+
+def test_a_folder_that_others_can_write_into_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "locks"
+    directory.mkdir(mode=0o700)
+    directory.chmod(0o777)
+    with hold_gpus(directory, "0") as lock:
+        assert lock is None
+    assert "is not this user's own folder" in caplog.text
+
+
+def test_a_cancel_is_heard_while_gpus_are_waited_for(tmp_path: Path) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def check() -> None:
+        raise Cancelled
+
+    leave_gpus(tmp_path, "0", save_s=10)
+    with (
+        pytest.raises(Cancelled),
+        hold_gpus_of_run(["0"], "pretrain-1", patience_s=60, directory=tmp_path, check=check),
+    ):
+        pytest.fail("it did not wait")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
 
 from flows.live_runs import LiveRuns
 from flows.local_services import count_signals
 from flows.server_commands import _stop_runs
+from internvl_core.errors import InternVLError
 
 
 @dataclass
@@ -113,7 +113,7 @@ def test_the_queue_is_held_until_it_is_released(server: FakeServer, runs: LiveRu
 
 
 def test_a_refusal_of_the_server_is_an_error(server: FakeServer) -> None:
-    with pytest.raises(httpx.HTTPStatusError):
+    with pytest.raises(InternVLError, match=r"the Prefect server does not take PATCH work_pools/nowhere: .*404"):
         LiveRuns(server.url, "nowhere").hold_queue()
 
 
@@ -142,4 +142,6 @@ def test_a_second_ctrl_c_does_not_wait_for_a_run_that_saves(server: FakeServer, 
 
 def test_a_server_that_is_gone_does_not_keep_up_from_ending(capsys: pytest.CaptureFixture[str]) -> None:
     _stop_runs(LiveRuns("http://127.0.0.1:1/api", "gpus"), lambda: 1)
-    assert "The server does not tell which runs are at work" in capsys.readouterr().err
+    assert (
+        "Runs are not waited for, and save when the worker ends: the Prefect server does not" in capsys.readouterr().err
+    )

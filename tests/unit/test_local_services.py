@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from flows import local_services
-from flows.local_services import HOST, LocalServices, Service, build_environment, check_ports, count_signals
+from flows.local_services import (
+    HOST,
+    LocalServices,
+    Service,
+    build_environment,
+    check_ports,
+    count_signals,
+    hold_directory,
+)
 from internvl_core.errors import ArgumentError, InternVLError
 
 UNUSED_URL = "http://127.0.0.1:1/"
@@ -175,3 +183,14 @@ def test_a_service_dies_with_its_owner(tmp_path: Path) -> None:
     assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", script) == -signal.SIGKILL
     service = read_pid(pid_file)
     wait_until(lambda: not is_alive(service), "it outlived its owner")
+
+
+def test_a_directory_is_for_one_up_at_a_time(tmp_path: Path) -> None:
+    with (
+        hold_directory(tmp_path),
+        pytest.raises(ArgumentError, match=rf"--directory: .* is that of run internvl up \(process {os.getpid()} on"),
+        hold_directory(tmp_path),
+    ):
+        pytest.fail("two of them share a directory")
+    with hold_directory(tmp_path):
+        pass
