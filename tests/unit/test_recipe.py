@@ -398,8 +398,6 @@ def test_a_start_that_the_caller_gives_takes_the_place_of_the_recipe_s_own(path:
 
 
 def test_a_password_in_the_address_of_mlflow_is_refused_and_not_repeated(path: Path) -> None:
-    with pytest.raises(
-        ArgumentError, match="tracking_uri: should be http.* without a user, a password or a query"
-    ) as caught:
+    with pytest.raises(ArgumentError, match=r"tracking_uri: should be http.* without a user, a password or") as caught:
         load_recipe(str(path), {"tracking_uri": "http://admin:pa55@127.0.0.1:5000"})
     assert "pa55" not in str(caught.value)
