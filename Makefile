@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PREFECT_HOME ?= $(CURDIR)/runs/prefect
 
-# Tests of one process each; those that start ranks and servers take all cores themselves.
+# Tests of one process each.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Those that start ranks and servers take all cores, but wait for each other half of the time.
+TWO := --numprocesses 2 --dist loadfile
 
 # So many tests of faults are drawn for `make test`.
 FAULTS := 16
@@ -28,11 +30,11 @@ smoke: install  ## Train a tiny InternVL through all four stages on the CPU.
 
 test: check  ## Run every test that CI runs.
 	$(BIN)/pytest tests/unit tests/contract -m 'not slow' $(PARALLEL)
-	$(BIN)/pytest tests/integration tests/faults tests/e2e -m 'not slow' --fault-sample=$(FAULTS)
+	$(BIN)/pytest tests/integration tests/faults tests/e2e -m 'not slow' --fault-sample=$(FAULTS) $(TWO)
 
 test-all: check  ## Run everything, the long tests included.
 	$(BIN)/pytest tests/unit tests/contract $(PARALLEL)
-	$(BIN)/pytest tests/integration tests/faults tests/e2e
+	$(BIN)/pytest tests/integration tests/faults tests/e2e $(TWO)
 
 e2e: install  ## Install Chromium if there is none, and run the whole pipeline, in a browser too.
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

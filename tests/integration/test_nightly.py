@@ -17,11 +17,7 @@ from tasks.hold_stage import hold_stage
 from tasks.model_registry import ModelRegistry
 from tasks.notify import VARIABLE
 
-pytestmark = [
-    pytest.mark.integration,
-    # Prefect's own types, which MLflow's mappers look at in this process, under SQLAlchemy 2.1.
-    pytest.mark.filterwarnings("ignore:Type object .* does not refer to an OperatorClass"),
-]
+pytestmark = pytest.mark.integration
 
 MODEL = "digits"
 QUICK = {

@@ -17,10 +17,7 @@ from tasks.mlflow_client import connect
 from tasks.model_registry import ModelRegistry, ModelVersion
 from tasks.remove_old_versions import remove_old_versions
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.filterwarnings("ignore:Type object .* does not refer to an OperatorClass"),
-]
+pytestmark = pytest.mark.integration
 
 Add = Callable[..., ModelVersion]
 

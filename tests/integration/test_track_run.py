@@ -377,8 +377,9 @@ def test_a_replay_that_fails_says_why_and_a_later_one_records_all(
 
 
 def test_the_address_that_people_are_shown_has_no_password(refusing_server: str, tmp_path: Path) -> None:
-    with open_tracker(refusing_server.replace("//", "//me:secret@"), tmp_path) as tracker:
-        assert tracker.address == refusing_server
+    tracker = open_tracker(refusing_server.replace("//", "//me:secret@"), tmp_path)
+    assert tracker.address == refusing_server
+    tracker.close(status="FINISHED", deadline_s=0.1)
 
 
 def test_a_replay_of_a_directory_without_a_spool_is_refused(tmp_path: Path, database: str) -> None:
