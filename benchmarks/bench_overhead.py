@@ -28,8 +28,8 @@ from machine import name_processor
 
 from flows.local_services import LocalServices, check_ports, describe_prefect
 from flows.recipe import Recipe, load_recipe
-from internvl_core.smoke.components import generate_components
-from internvl_core.smoke.digits import generate_digits
+from internvl_core.smoke.components import ComponentsSettings, generate_components
+from internvl_core.smoke.digits import DigitsSettings, generate_digits
 
 GOAL_RATIO = 1.15
 GOAL_STAGE_S = 2.0
@@ -38,8 +38,8 @@ PORT = 42080
 
 
 def make_inputs(folder: Path) -> Path:
-    generate_digits(folder / "data")
-    generate_components(folder / "components", folder / "data" / "annotations")
+    generate_digits(folder / "data", DigitsSettings())
+    generate_components(folder / "components", folder / "data" / "annotations", ComponentsSettings())
     return folder
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from internvl_core.errors import ArgumentError
 from internvl_core.smoke.clips import write_clip
@@ -108,6 +107,9 @@ def _write(folder: Path, settings: DigitsSettings) -> None:
 
 def _write_images(folder: Path) -> list[Digit]:
     folder.mkdir()
+    # A second of imports, which each later run of the recipe would wait for.
+    from sklearn.datasets import load_digits
+
     source = load_digits()
     digits = []
     for number, (pixels, value) in enumerate(zip(source.images, source.target, strict=True)):

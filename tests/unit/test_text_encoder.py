@@ -17,7 +17,7 @@ from internvl_core.data.text_encoder import TextEncoder, load_text_encoder
 from internvl_core.errors import ArgumentError
 from internvl_core.model.convert import convert
 from internvl_core.model.tokenizer import Format, load_tokenizer, write_tokenizer
-from internvl_core.smoke.components import train_tokenizer
+from internvl_core.smoke.tiny_models import train_tokenizer
 
 GOLDEN_MODELS = Path(__file__).parents[1] / "data" / "golden"
 GOLDEN = load_golden()
