@@ -19,7 +19,6 @@ import httpx
 
 from internvl_core.errors import ArgumentError, InternVLError
 from internvl_core.supervision.process_tree import start_owned
-from tasks.holder import describe_holder, read_holder, take, write_holder
 
 HOST = "127.0.0.1"
 POOL = "internvl"
@@ -57,6 +56,9 @@ def hold_directory(directory: Path) -> Iterator[None]:
     Raises:
         ArgumentError: naming who holds it.
     """
+    # It imports fsspec, for which no other command is to wait.
+    from tasks.holder import describe_holder, read_holder, take, write_holder
+
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("a+") as file:
         if not take(file):

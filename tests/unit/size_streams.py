@@ -46,8 +46,8 @@ def count_totals(tokens: NDArray[np.int64], tiles: NDArray[np.int64]) -> SizeTot
 
 def load_stream(name: str) -> ListStream:
     """Load rows of the published length sets, 12,000 of each."""
-    arrays = np.load(DATA_DIR / f"lengths_{name}.npz")
-    return ListStream(list(zip(arrays["tokens"].tolist(), arrays["tiles"].tolist(), strict=True)))
+    with np.load(DATA_DIR / f"lengths_{name}.npz") as arrays:
+        return ListStream(list(zip(arrays["tokens"].tolist(), arrays["tiles"].tolist(), strict=True)))
 
 
 def draw_mixture(

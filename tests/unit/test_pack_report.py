@@ -44,7 +44,8 @@ def test_stdout_is_one_json_object_and_the_table_is_on_stderr(run: Run) -> None:
     code, out, err = run(DATA_DIR / "lengths_mix.npz", "--ranks", "8, 64,4096")
     report = json.loads(out)
     assert code == 0
-    arrays = np.load(DATA_DIR / "lengths_mix.npz")
+    with np.load(DATA_DIR / "lengths_mix.npz") as file:
+        arrays = dict(file)
     lower_bound = max(arrays["tokens"].sum() / 16384, arrays["tiles"].sum() / 48)
     assert report["efficiency"] == pytest.approx(lower_bound / report["packs"], abs=1e-4)
     assert report["token_fill"] == pytest.approx(arrays["tokens"].sum() / 16384 / report["packs"], abs=1e-4)
