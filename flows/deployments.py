@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.kept_settings import KeptSettings
+from flows.prefect_api import PrefectApi
 from internvl_core.errors import ArgumentError, InternVLError
 from tasks.address import hide_password
 
@@ -51,12 +52,13 @@ def register(
         raise ArgumentError(f"{file}: no such file of deployments. Give its path by --file.")
     inherited = os.environ if environment is None else environment
     server = _Server(api_url, {**inherited, "PREFECT_API_URL": api_url, POOL_VARIABLE: pool}, check)
+    api = PrefectApi(api_url, server.environment)
     # Not `create --overwrite`: it would undo what somebody has set.
-    if not server.accepts("prefect", "work-pool", "inspect", pool):
+    if api.find(f"work_pools/{pool}") is None:
         server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", "process")
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", str(file.resolve()), "--all")
     # A file of somebody's own says what he wants.
-    kept = KeptSettings(api_url, server.environment) if file.resolve() == DEFAULT_FILE.resolve() else None
+    kept = KeptSettings(api) if file.resolve() == DEFAULT_FILE.resolve() else None
     output = server.run(*deploy, directory=file.resolve().parents[1])
     if kept is not None:
         kept.restore()
@@ -79,15 +81,6 @@ class _Server:
 
     def run(self, *module: str, directory: Path | None = None) -> str:
         """Run a module with its arguments; return what it prints."""
-        exit_code, output = self._run(module, directory)
-        if exit_code != 0:
-            raise InternVLError(hide_password(f"{self.api_url} refused `{' '.join(module)}`:\n{output.rstrip()}"))
-        return output
-
-    def accepts(self, *module: str) -> bool:
-        return self._run(module, None)[0] == 0
-
-    def _run(self, module: tuple[str, ...], directory: Path | None) -> tuple[int, str]:
         end = time.monotonic() + _LIMIT_S
         with subprocess.Popen(
             [sys.executable, "-m", *module],
@@ -112,4 +105,6 @@ class _Server:
                             ) from None
             finally:
                 process.kill()
-        return process.returncode, output
+        if process.returncode != 0:
+            raise InternVLError(hide_password(f"{self.api_url} refused `{' '.join(module)}`:\n{output.rstrip()}"))
+        return output

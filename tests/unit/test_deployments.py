@@ -1,6 +1,10 @@
 """What is registered on a Prefect server; that a server takes it is tested with a real one, in tests/integration."""
 
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -30,7 +34,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         register(tmp_path / "nothing.yaml", api_url="http://127.0.0.1:1/api", pool="gpus")
 
 
-def test_what_the_check_raises_ends_the_registering_and_its_processes(tmp_path: Path) -> None:
+@pytest.fixture
+def api_url(tmp_path: Path) -> Iterator[str]:
+    """Serve nothing: whatever is asked for is not there."""
+    server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/api"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_what_the_check_raises_ends_the_registering_and_its_processes(tmp_path: Path, api_url: str) -> None:
     begun: list[int] = []
 
     def check() -> None:
@@ -41,7 +57,7 @@ def test_what_the_check_raises_ends_the_registering_and_its_processes(tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         register(
             DEFAULT_FILE,
-            api_url="http://127.0.0.1:1/api",
+            api_url=api_url,
             pool="gpus",
             environment={"PREFECT_HOME": str(tmp_path)},
             check=check,

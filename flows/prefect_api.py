@@ -1,0 +1,76 @@
+"""The API of a Prefect server, asked without importing Prefect, which takes seconds."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from internvl_core.errors import InternVLError
+from tasks.address import hide_password
+
+_AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_WAITS_S = (0.2, 0.5, 1.0, 2.0)
+"""Before further tries."""
+_TIMEOUT_S = 30
+
+
+class PrefectApi:
+    """Asks one server; every method raises InternVLError if it refuses or does not answer."""
+
+    def __init__(self, api_url: str, environment: Mapping[str, str] | None = None) -> None:
+        """Ask nothing yet.
+
+        Args:
+            api_url: of the server, ending in /api.
+            environment: with the server's user and password, if it has any.
+        """
+        self._api_url = api_url
+        user, separator, password = (environment or {}).get(_AUTH_VARIABLE, "").partition(":")
+        self._auth = (user, password) if separator else None
+        # A proxy is for the world outside.
+        self._heeds_proxies = urlsplit(api_url).hostname not in _LOOPBACK
+
+    def find(self, path: str) -> dict[str, Any] | None:
+        """Get an object; None: the server has none there."""
+        answer = self._ask("GET", path, None)
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return None
+        found: dict[str, Any] = self._check(answer).json()
+        return found
+
+    def list(self, path: str, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """List what a filter lets through."""
+        found: list[dict[str, Any]] = self._check(self._ask("POST", f"{path}/filter", wanted)).json()
+        return found
+
+    def send(self, method: str, path: str, content: Mapping[str, Any]) -> None:
+        """Have something changed."""
+        self._check(self._ask(method, path, content))
+
+    def _ask(self, method: str, path: str, content: Mapping[str, Any] | None) -> httpx.Response:
+        """Ask again while the server is busy: on SQLite it turns away one of two that write at once, with 503."""
+        with httpx.Client(auth=self._auth, timeout=_TIMEOUT_S, trust_env=self._heeds_proxies) as client:
+            for wait_s in (*_WAITS_S, None):
+                try:
+                    answer = client.request(method, f"{self._api_url}/{path}", json=content)
+                except httpx.TransportError as error:
+                    if wait_s is None:
+                        raise self._refuse(method, path, error) from error
+                else:
+                    if wait_s is None or answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                        return answer
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _check(self, answer: httpx.Response) -> httpx.Response:
+        try:
+            return answer.raise_for_status()
+        except httpx.HTTPStatusError as error:
+            path = answer.request.url.path.partition("/api/")[2]
+            raise self._refuse(answer.request.method, path, error) from error
+
+    def _refuse(self, method: str, path: str, error: Exception) -> InternVLError:
+        return InternVLError(hide_password(f"{self._api_url} does not take {method} {path}: {error}"))
