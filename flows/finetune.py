@@ -1,4 +1,7 @@
-"""Finetune an InternVL on data of one's own, from a committed checkpoint, a folder or a hub id."""
+"""Finetune an InternVL on data of one's own, from a committed checkpoint, a folder or a hub id.
+
+As `pretrain` but for name and texts: Prefect takes a form from each flow's own signature and docstring.
+"""
 
 from collections.abc import Mapping
 from typing import Any

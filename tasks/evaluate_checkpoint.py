@@ -7,18 +7,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from internvl_core import __version__
-from internvl_core.argument_rules import fingerprint_arguments
-from internvl_core.contract import EVALUATION, CheckpointRef, StageFile, StageResult, digest_json
-from internvl_core.data.meta import digest_meta
+from internvl_core.contract import RESULT_FILE, CheckpointRef, StageResult
 from tasks.hold_stage import hold_stage
-from tasks.run_attempt import LEAVE_S, run_attempt
+from tasks.run_attempt import LEAVE_S, describe_attempt, make_attempt_dir, run_attempt
 from tasks.stage import Stage
-from tasks.stage_plan import COMPONENTS, RESUME, get_cache_dir, resolve_stage
+from tasks.stage_plan import get_cache_dir, plan_evaluation
 from tasks.train_stage import can_retry
-
-_STOP_BUDGET_S = 10.0
-"""There is nothing to save."""
 
 
 @task(
@@ -46,46 +40,13 @@ def evaluate_checkpoint(checkpoint: CheckpointRef, stage: Stage, *, label: str, 
     Raises:
         InternVLError: of the class that the evaluation ended with.
     """
-    values = resolve_stage(_without_start(stage), has_parent=True)
-    cache_dir = get_cache_dir(workspace)
-    inputs = {
-        "entry": EVALUATION,
-        "trainer": __version__.split(".")[0],
-        "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
-        "data": {"eval_meta_path": digest_meta(values["eval_meta_path"], cache_dir)},
-        "start_from": checkpoint.digest,
-    }
-    fingerprint = digest_json(inputs)
-    folder = workspace / "evaluations" / f"{stage.name}-{fingerprint[:16]}"
+    plan = plan_evaluation(stage, checkpoint, cache_dir=get_cache_dir(workspace))
+    folder = workspace / "evaluations" / f"{stage.name}-{plan.fingerprint[:16]}"
     run_id = flow_run.id or ""
-    with hold_stage(folder, run_id, patience_s=_STOP_BUDGET_S + LEAVE_S) as lock:
-        attempts = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        for attempt in attempts:
-            if (known := StageResult.find(folder / str(attempt))) is not None:
-                get_run_logger().info("%s: scored before", label)
-                return known.metrics
-        attempt = (attempts or [0])[-1] + 1
-        attempt_dir = folder / str(attempt)
-        own = {"output_dir": str(attempt_dir / "output"), "cache_dir": str(cache_dir)}
-        stage_file = StageFile(
-            run_id=run_id,
-            stage=stage.name,
-            attempt=attempt,
-            fingerprint=fingerprint,
-            entry=EVALUATION,
-            arguments={**{name: value for name, value in values.items() if value is not None}, **own},
-            launcher=stage.launcher.model_dump(),
-            store_uri="",
-            start_from=checkpoint,
-            resume=False,
-            save_budget_s=_STOP_BUDGET_S,
-            inputs=inputs,
-        )
+    with hold_stage(folder, run_id, patience_s=plan.stage.save_budget_s + LEAVE_S) as lock:
+        for path in folder.glob(f"*/{RESULT_FILE}"):
+            get_run_logger().info("%s: scored before", label)
+            return StageResult.get(path.parent).metrics
+        attempt_dir = make_attempt_dir(folder)
         get_run_logger().info("%s: scoring %s", label, checkpoint.uri)
-        return run_attempt(stage_file, attempt_dir, lock).metrics
-
-
-def _without_start(stage: Stage) -> Stage:
-    """Leave out what names another model, and what a training resumes from."""
-    arguments = {name: value for name, value in stage.arguments.items() if name not in (*COMPONENTS, RESUME)}
-    return stage.model_copy(update={"arguments": arguments, "start_from": None})
+        return run_attempt(describe_attempt(plan, attempt_dir, run_id, workspace), attempt_dir, lock).metrics

@@ -61,8 +61,13 @@ def write_arguments(stages: Sequence[TrainedStage]) -> str:
     return "\n".join([*lines, "</section>"])
 
 
+def class_of(is_number: bool) -> str:
+    """Write the attribute of a cell that holds a number; nothing for another."""
+    return ' class="number"' if is_number else ""
+
+
 def _write_meta(meta: MetaReport) -> str:
-    heads = "".join(f"<th{_class_of(column.is_number)}>{html.escape(column.title)}</th>" for column in COLUMNS)
+    heads = "".join(f"<th{class_of(column.is_number)}>{html.escape(column.title)}</th>" for column in COLUMNS)
     rows = "".join(f"<tr>{''.join(_iter_cells(row))}</tr>" for row in data_rows(meta))
     problems = "".join(f"<li>{html.escape(line)}</li>" for line in iter_problem_lines(meta))
     return (
@@ -74,11 +79,7 @@ def _write_meta(meta: MetaReport) -> str:
 
 def _iter_cells(row: Sequence[str]) -> Iterator[str]:
     for column, text in zip(COLUMNS, row, strict=True):
-        yield f"<td{_class_of(column.is_number)}>{html.escape(text)}</td>"
-
-
-def _class_of(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
+        yield f"<td{class_of(column.is_number)}>{html.escape(text)}</td>"
 
 
 def _find_examples(stage: TrainedStage) -> list[dict[str, Any]]:

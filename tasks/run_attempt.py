@@ -12,11 +12,45 @@ from tasks.hold_gpus import find_gpus, hold_gpus
 from tasks.launch import RunningStage, launch_stage
 from tasks.show_late_save import show_late_save
 from tasks.show_progress import LogTail, StageProgress
+from tasks.stage_plan import RESUME, StagePlan, get_cache_dir
 
 LEAVE_S = 60.0
 """How long ranks take to leave once they have saved, killed ones included."""
 _LEAVE_WORKER_S = 15.0
 """Of the 30 s in which a worker lets a cancelled flow end; the tracker waits 10 s after it, and there is a report."""
+
+
+def make_attempt_dir(attempts_dir: Path) -> Path:
+    """Make the next numbered directory; for the holder of the stage."""
+    number = 1 + max((int(path.name) for path in attempts_dir.iterdir() if path.name.isdigit()), default=0)
+    attempt_dir = attempts_dir / str(number)
+    attempt_dir.mkdir()
+    return attempt_dir
+
+
+def describe_attempt(
+    plan: StagePlan, attempt_dir: Path, run_id: str, workspace: Path, *, store_uri: str = "", can_resume: bool = False
+) -> StageFile:
+    """Describe what the ranks of an attempt are to do; one that commits nothing needs no store."""
+    return StageFile(
+        run_id=run_id,
+        stage=plan.stage.name,
+        attempt=int(attempt_dir.name),
+        fingerprint=plan.fingerprint,
+        entry=plan.inputs["entry"],
+        arguments={
+            **{name: value for name, value in plan.values.items() if value is not None and name != RESUME},
+            "output_dir": str(attempt_dir / "output"),
+            "cache_dir": str(get_cache_dir(workspace)),
+        },
+        launcher=plan.stage.launcher.model_dump(),
+        store_uri=store_uri,
+        start_from=plan.start_from,
+        resume=can_resume,
+        save_budget_s=plan.stage.save_budget_s,
+        inputs=plan.inputs,
+        resume_from=plan.resume_from,
+    )
 
 
 def run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageResult:

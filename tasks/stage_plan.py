@@ -4,7 +4,7 @@ The fingerprint covers what changes the result and nothing else (design 11), so 
 inputs find the same directory in the store, whoever runs them, where, and on how many ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from internvl_core.checkpoint.folder import digest_file, digest_folder, digest_m
 from internvl_core.checkpoint.manifest import hash_file
 from internvl_core.checkpoint.resume_point import check_inputs_equal, find_resume_point
 from internvl_core.checkpoint.store import is_checkpoint_uri
-from internvl_core.contract import CheckpointRef, digest_json
+from internvl_core.contract import EVALUATION, CheckpointRef, digest_json
 from internvl_core.data.meta import digest_meta
 from internvl_core.errors import ArgumentError
 from tasks.stage import Stage
@@ -29,6 +29,8 @@ METAS: dict[str, Literal["training", "evaluation"]] = {"meta_path": "training", 
 GRADIENT_ACCUMULATION = "gradient_accumulation_steps"
 RESUME = "resume_from_checkpoint"
 """Read by the plan; ranks find in stage.json what it means."""
+EVALUATION_BUDGET_S = 10.0
+"""Of a stop: an evaluation has nothing to save."""
 SET_BY_PIPELINE = ("attempt_dir", "cache_dir", "output_dir")
 """Directories that an attempt gets from its workspace."""
 
@@ -121,15 +123,37 @@ def plan_stage(stage: Stage, start_from: CheckpointRef | None, *, cache_dir: Pat
         ArgumentError: the arguments are wrong, or the checkpoint to resume from is of another training.
     """
     values = resolve_stage(stage, has_parent=start_from is not None)
-    inputs = {
-        "entry": stage.entry,
+    inputs = _digest_inputs(stage.entry, stage, values, start_from, metas=METAS, cache_dir=cache_dir)
+    return StagePlan(stage, values, start_from, inputs, _find_resume_point(stage.name, values[RESUME], inputs))
+
+
+def plan_evaluation(stage: Stage, checkpoint: CheckpointRef, *, cache_dir: Path) -> StagePlan:
+    """Plan to score a checkpoint as a stage scores its own, whatever the stage itself would start from."""
+    arguments = {name: value for name, value in stage.arguments.items() if name not in (*COMPONENTS, RESUME)}
+    own = {"arguments": arguments, "start_from": None, "save_budget_s": EVALUATION_BUDGET_S}
+    stage = stage.model_copy(update=own)
+    values = resolve_stage(stage, has_parent=True)
+    inputs = _digest_inputs(EVALUATION, stage, values, checkpoint, metas=["eval_meta_path"], cache_dir=cache_dir)
+    return StagePlan(stage, values, checkpoint, inputs)
+
+
+def _digest_inputs(
+    entry: str,
+    stage: Stage,
+    values: Mapping[str, Any],
+    start_from: CheckpointRef | None,
+    *,
+    metas: Iterable[str],
+    cache_dir: Path,
+) -> dict[str, Any]:
+    return {
+        "entry": entry,
         "trainer": __version__.split(".")[0],
         "arguments": fingerprint_arguments(values, world_size=stage.launcher.world_size),
-        "data": {name: digest_meta(values[name], cache_dir) for name in METAS if values[name]},
+        "data": {name: digest_meta(values[name], cache_dir) for name in metas if values[name]},
         "components": {name: _digest_component(name, values[name]) for name in COMPONENTS if values[name]},
         "start_from": start_from.digest if start_from else None,
     }
-    return StagePlan(stage, values, start_from, inputs, _find_resume_point(stage.name, values[RESUME], inputs))
 
 
 def check_resume_point(stage: Stage, where: Any) -> None:

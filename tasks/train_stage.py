@@ -20,9 +20,9 @@ from internvl_core.contract import METRICS_FILE, CheckpointRef, StageFile, Stage
 from internvl_core.errors import ArgumentError, InternVLError, StoreUnavailable
 from tasks.hold_stage import hold_stage
 from tasks.launch import read_step
-from tasks.run_attempt import LEAVE_S, run_attempt
+from tasks.run_attempt import LEAVE_S, describe_attempt, make_attempt_dir, run_attempt
 from tasks.stage import Stage
-from tasks.stage_plan import METAS, RESUME, StagePlan, get_cache_dir, plan_stage
+from tasks.stage_plan import METAS, StagePlan, get_cache_dir, plan_stage
 from tasks.stage_tries import StageTries
 from tasks.track_run import RunStatus, RunTracker, TrackedData
 from tasks.trained_stage import TrainedStage
@@ -120,8 +120,10 @@ def _bring_to_handover(
                     run_id=run_id if is_fresh else None,
                     must_send=True,
                 )
-                attempt_dir = _make_attempt_dir(attempts_dir)
-                stage_file = _describe(plan, attempt_dir, run_id, store_uri, workspace, can_resume=not is_fresh)
+                attempt_dir = make_attempt_dir(attempts_dir)
+                stage_file = describe_attempt(
+                    plan, attempt_dir, run_id, workspace, store_uri=store_uri, can_resume=not is_fresh
+                )
                 with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
                     result = _try(stage_file, attempt_dir, lock, store, tries)
                     tracked.note(result)
@@ -192,38 +194,6 @@ def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any
     metrics_path.write_bytes(read_file(checkpoint, METRICS_FILE))
     stage_result = StageResult.from_json({**result, "checkpoint": asdict(checkpoint)})
     return TrainedStage(stage.name, stage_result, is_skipped=True, metrics_path=metrics_path)
-
-
-def _make_attempt_dir(attempts_dir: Path) -> Path:
-    """Make the next numbered directory; for the holder of the stage."""
-    number = 1 + max((int(path.name) for path in attempts_dir.iterdir() if path.name.isdigit()), default=0)
-    attempt_dir = attempts_dir / str(number)
-    attempt_dir.mkdir()
-    return attempt_dir
-
-
-def _describe(
-    plan: StagePlan, attempt_dir: Path, run_id: str, store_uri: str, workspace: Path, *, can_resume: bool
-) -> StageFile:
-    return StageFile(
-        run_id=run_id,
-        stage=plan.stage.name,
-        attempt=int(attempt_dir.name),
-        fingerprint=plan.fingerprint,
-        entry=plan.stage.entry,
-        arguments={
-            **{name: value for name, value in plan.values.items() if value is not None and name != RESUME},
-            "output_dir": str(attempt_dir / "output"),
-            "cache_dir": str(get_cache_dir(workspace)),
-        },
-        launcher=plan.stage.launcher.model_dump(),
-        store_uri=store_uri,
-        start_from=plan.start_from,
-        resume=can_resume,
-        save_budget_s=plan.stage.save_budget_s,
-        inputs=plan.inputs,
-        resume_from=plan.resume_from,
-    )
 
 
 def _try(stage_file: StageFile, attempt_dir: Path, lock: int, store: StageStore, tries: StageTries) -> StageResult:

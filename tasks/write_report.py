@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from internvl_core.inspection.lint_report import MetaReport
 from tasks.loss_curves import find_curves
-from tasks.report_details import write_answers, write_arguments, write_data
+from tasks.report_details import class_of, write_answers, write_arguments, write_data
 from tasks.report_figures import Scores, draw_losses, draw_scores
 from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, stage_rows
 from tasks.trained_stage import TrainedStage
@@ -98,7 +98,7 @@ def _write_table(stages: Sequence[TrainedStage]) -> str:
     if not stages:
         return '<p class="soft">No stage was finished.</p>'
     shown = [column for column in COLUMNS if not column.is_wide]
-    heads = "".join(f"<th{_class_of(column.is_number)}>{html.escape(column.title)}</th>" for column in shown)
+    heads = "".join(f"<th{class_of(column.is_number)}>{html.escape(column.title)}</th>" for column in shown)
     lines = [f'<table class="stages"><thead><tr>{heads}</tr></thead><tbody>']
     for row in stage_rows(stages):
         cells, below = "", ""
@@ -111,13 +111,9 @@ def _write_table(stages: Sequence[TrainedStage]) -> str:
                 cells += f'<td class="result"><span class="badge {kind}">{escaped}</span></td>'
             else:
                 data = html.escape(column.title)
-                cells += f'<td{_class_of(column.is_number)} data-title="{data}">{escaped}</td>'
+                cells += f'<td{class_of(column.is_number)} data-title="{data}">{escaped}</td>'
         lines.append(f"<tr>{cells}</tr>{below}")
     return "\n".join([*lines, "</tbody></table>"])
-
-
-def _class_of(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
 
 
 def _write_figures(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str, float]]) -> Iterable[str]:
