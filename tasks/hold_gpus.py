@@ -37,12 +37,12 @@ def hold_gpus(
     patience_s: float,
     directory: Path | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Iterator[int | None]:
+) -> Iterator[list[int]]:
     """Wait for the GPUs on which a run that is gone still saves, and say that this run trains on them.
 
     A worker whose flow was cancelled takes the next one, of whatever recipe, while a supervisor may still see to the
-    save of the last. Runs that are alive are not waited for: whoever starts two on one GPU may. Yields a descriptor
-    as `hold_stage` does, for the supervisor to inherit; None where there is nothing to hold.
+    save of the last. Runs that are alive are not waited for: whoever starts two on one GPU may. Yields the descriptor
+    of its lock, for the supervisor to inherit as that of `hold_stage`; none where there is nothing to hold.
 
     Args:
         gpus: their names; none: nothing is held.
@@ -55,13 +55,13 @@ def hold_gpus(
         LeaseHeld: they were not free in the time that the other run gave itself.
     """
     if not gpus:
-        yield None
+        yield []
         return
     # Not XDG_RUNTIME_DIR: a login shell has one, a worker that is a system service has none.
     directory = directory or Path(tempfile.gettempdir()) / f"internvl-gpus-{os.getuid()}"
     if not _is_own(directory):
         logger.warning("%s is not this user's own folder: other runs on GPUs are not waited for.", directory)
-        yield None
+        yield []
         return
     for path in sorted(directory.glob("*.json")):
         # Another run may just have removed it.
@@ -74,7 +74,7 @@ def hold_gpus(
         write_holder(file, run_id, gpus=list(gpus), patience_s=patience_s)
         # Others look at what is locked and whole: what nobody locks they remove.
         path.rename(path.with_suffix(".json"))
-        yield file.fileno()
+        yield [file.fileno()]
 
 
 def _is_own(directory: Path) -> bool:

@@ -40,8 +40,7 @@ def launch_stage(
     attempt_dir: Path,
     *,
     node_rank: int = 0,
-    lock: int | None = None,
-    gpu_lock: int | None = None,
+    locks: Sequence[int] = (),
     leave_after_s: float | None = None,
 ) -> "RunningStage":
     """Write stage.json and start the stage; the attempt's directory is made if need be.
@@ -50,8 +49,7 @@ def launch_stage(
         stage: what to train.
         attempt_dir: where the files of the process boundary go.
         node_rank: which of the launcher's nodes this is; each has an attempt's directory of its own.
-        lock: descriptor that stays open until the supervisor is gone (`hold_stage`).
-        gpu_lock: another one (`hold_gpus`).
+        locks: descriptors that stay open until the supervisor is gone (`hold_stage`, `hold_gpus`).
         leave_after_s: see `RunningStage`.
 
     Raises:
@@ -61,7 +59,6 @@ def launch_stage(
     command = build_command(stage, attempt_dir, node_rank=node_rank)
     attempt_dir.mkdir(parents=True, exist_ok=True)
     stage.write(attempt_dir)
-    locks = [each for each in (lock, gpu_lock) if each is not None]
     return launch_command(
         command, attempt_dir, get_limits(stage), locks=locks, leave_after_s=leave_after_s, joins=node_rank > 0
     )

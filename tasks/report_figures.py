@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import matplotlib
@@ -32,11 +33,6 @@ _TEXT, _GRID = "#010101", "#010102"
 _COLOURS = tuple(f"#0101{number + 16:02x}" for number in range(NUM_STAGE_COLOURS))
 _VARIABLES = {_TEXT: "--text", _GRID: "--line"} | {
     colour: f"--stage-{number + 1}" for number, colour in enumerate(_COLOURS)
-}
-# Those of the page in light.
-_PALETTE = {"--text": "#1c2430", "--line": "#dde1e7"} | {
-    f"--stage-{number}": colour
-    for number, colour in enumerate(("#2b6cb0", "#c2580c", "#15803d", "#7c3aad", "#0e7490", "#a16207"), 1)
 }
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -129,7 +125,9 @@ def draw_scores(scores: Sequence[Scores], *, is_narrow: bool) -> str:
 
 def write_picture(svg: str) -> str:
     """Make a drawing a picture that needs no page, with colours of its own, on white; returns a `data:` URI."""
-    style = ";".join(f"{variable}:{colour}" for variable, colour in _PALETTE.items())
+    # Those of the page in light, which it says first.
+    light, _, _ = resources.files("tasks").joinpath("report.html").read_text().partition("}")
+    style = ";".join(f"{name}:{colour}" for name, colour in re.findall(r"(--[\w-]+): (#\w+)", light))
     picture = svg.replace("<svg", f'<svg style="background:#ffffff;{style}"', 1)
     return f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
 

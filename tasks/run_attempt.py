@@ -75,8 +75,8 @@ def run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageRes
             CancelWatch(flow_run.id) as watch,
             hold_gpus(
                 gpus, stage_file.run_id, patience_s=stage_file.save_budget_s + LEAVE_S, check=watch.check
-            ) as gpu_lock,
-            launch_stage(stage_file, attempt_dir, lock=lock, gpu_lock=gpu_lock, leave_after_s=leave_after_s) as running,
+            ) as gpu_locks,
+            launch_stage(stage_file, attempt_dir, locks=[lock, *gpu_locks], leave_after_s=leave_after_s) as running,
         ):
             _watch(running, watch, stage_file.stage)
             return running.result()

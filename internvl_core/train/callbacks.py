@@ -1,6 +1,5 @@
 """What happens around the steps: metrics out, stop requests in, checkpoints committed."""
 
-import logging
 import math
 import time
 from typing import Any, Protocol
@@ -19,8 +18,6 @@ from internvl_core.train.ranks import wait_together
 from internvl_core.train.sampler import StepSampler
 from internvl_core.train.spike import find_spike
 from internvl_core.train.supervisor_link import SupervisorLink
-
-logger = logging.getLogger(__name__)
 
 EMA_DECAY = 0.98
 """Of `loss_ema`, for each step: a line that stands for n steps counts as n of its mean."""

@@ -1,6 +1,5 @@
 """Score a checkpoint on the held-out questions inside a rank; nothing is trained, nothing is committed."""
 
-import logging
 import time
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from internvl_core.train.extension_locks import clear_left_locks
 from internvl_core.train.fixed_arguments import fix_arguments
 from internvl_core.train.held_out import choose_dtype, place_untrained, score_held_out
 from internvl_core.train.supervisor_link import SupervisorLink
-
-logger = logging.getLogger(__name__)
 
 
 class EvaluationRun:

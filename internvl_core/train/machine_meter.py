@@ -1,6 +1,5 @@
 """What rank 0's machine is doing: processor, memory, disk and GPUs, for the log line of a step."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,8 +10,6 @@ import psutil
 
 MIN_INTERVAL_S = 5.0
 """Between two readings; lines in between have none."""
-
-logger = logging.getLogger(__name__)
 
 
 class MachineMeter:

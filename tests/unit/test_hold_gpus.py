@@ -13,7 +13,7 @@ from tasks.hold_gpus import find_gpus
 from tasks.hold_gpus import hold_gpus as hold_gpus_of_run
 
 
-def hold_gpus(directory: Path, *gpus: str, patience_s: float = 60.0) -> AbstractContextManager[int | None]:
+def hold_gpus(directory: Path, *gpus: str, patience_s: float = 60.0) -> AbstractContextManager[list[int]]:
     return hold_gpus_of_run(gpus, "pretrain-1", patience_s=patience_s, directory=directory)
 
 
@@ -21,8 +21,8 @@ def leave_gpus(directory: Path, *gpus: str, save_s: float, patience_s: float = 6
     """Have a run on the GPUs die while its supervisor, a process of its own, goes on for so long."""
     program = (
         "import os, signal, subprocess, sys; from pathlib import Path; from tasks.hold_gpus import hold_gpus\n"
-        f"with hold_gpus({list(gpus)}, 'other', patience_s={patience_s}, directory=Path(sys.argv[1])) as lock:\n"
-        f"    subprocess.Popen(['sleep', '{save_s}'], pass_fds=[lock], stdout=subprocess.DEVNULL)\n"
+        f"with hold_gpus({list(gpus)}, 'other', patience_s={patience_s}, directory=Path(sys.argv[1])) as locks:\n"
+        f"    subprocess.Popen(['sleep', '{save_s}'], pass_fds=locks, stdout=subprocess.DEVNULL)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(directory)], check=False).returncode == -9
@@ -32,8 +32,8 @@ def test_gpus_on_which_a_run_that_is_gone_still_saves_are_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave_gpus(tmp_path, "0", "1", save_s=2)
-    with hold_gpus(tmp_path, "1", "2") as lock:
-        assert lock is not None
+    with hold_gpus(tmp_path, "1", "2") as locks:
+        assert len(locks) == 1
         assert caplog.messages[0].startswith("GPU 1: run other (process ")
         # Its own, and not the other's any more.
         assert len(list(tmp_path.iterdir())) == 1
@@ -61,8 +61,8 @@ def test_gpus_that_are_not_left_in_time_are_refused_with_who_holds_them(tmp_path
 
 
 def test_without_gpus_nothing_is_held(tmp_path: Path) -> None:
-    with hold_gpus(tmp_path / "locks") as lock:
-        assert lock is None
+    with hold_gpus(tmp_path / "locks") as locks:
+        assert locks == []
         assert not (tmp_path / "locks").exists()
 
 
@@ -88,8 +88,8 @@ def test_a_folder_that_others_can_write_into_is_not_trusted(tmp_path: Path, capl
     directory = tmp_path / "locks"
     directory.mkdir(mode=0o700)
     directory.chmod(0o777)
-    with hold_gpus(directory, "0") as lock:
-        assert lock is None
+    with hold_gpus(directory, "0") as locks:
+        assert locks == []
     assert "is not this user's own folder" in caplog.text
 
 
