@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from internvl_core.errors import InternVLError
+from internvl_core.errors import ArgumentError, InternVLError
 from tasks.address import hide_password
 
 _AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
@@ -18,7 +18,10 @@ _TIMEOUT_S = 30
 
 
 class PrefectApi:
-    """Asks one server; every method raises InternVLError if it refuses or does not answer."""
+    """Asks one server; every method raises ArgumentError if it does not answer or wants a password.
+
+    InternVLError says that it refuses.
+    """
 
     def __init__(self, api_url: str, environment: Mapping[str, str] | None = None) -> None:
         """Ask nothing yet.
@@ -58,7 +61,10 @@ class PrefectApi:
                     answer = client.request(method, f"{self._api_url}/{path}", json=content)
                 except httpx.TransportError as error:
                     if wait_s is None:
-                        raise self._refuse(method, path, error) from error
+                        where = hide_password(self._api_url)
+                        raise ArgumentError(
+                            f"{where} does not answer ({error}). Start the Prefect server, or correct PREFECT_API_URL."
+                        ) from error
                 else:
                     if wait_s is None or answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                         return answer
@@ -69,8 +75,9 @@ class PrefectApi:
         try:
             return answer.raise_for_status()
         except httpx.HTTPStatusError as error:
-            path = answer.request.url.path.partition("/api/")[2]
-            raise self._refuse(answer.request.method, path, error) from error
-
-    def _refuse(self, method: str, path: str, error: Exception) -> InternVLError:
-        return InternVLError(hide_password(f"{self._api_url} does not take {method} {path}: {error}"))
+            where = hide_password(self._api_url)
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                raise ArgumentError(f"{where} wants a password: set {_AUTH_VARIABLE} to user:password.") from error
+            told = f"{answer.status_code} {answer.reason_phrase}"
+            asked = f"{answer.request.method} {answer.request.url.path}"
+            raise InternVLError(f"{where} does not take {asked}: {told}.") from error

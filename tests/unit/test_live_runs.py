@@ -14,7 +14,7 @@ import pytest
 from flows.live_runs import LiveRuns
 from flows.local_services import count_signals
 from flows.server_commands import _stop_runs
-from internvl_core.errors import InternVLError
+from internvl_core.errors import ArgumentError, InternVLError
 
 
 @dataclass
@@ -24,6 +24,7 @@ class FakeServer:
     url: str = ""
     states: dict[str, str] = field(default_factory=dict)
     is_paused: bool = False
+    wants_password: bool = False
     asked: list[str] = field(default_factory=list)
     """Runs that were told to stop."""
     ends_when_asked: bool = True
@@ -58,6 +59,9 @@ def server() -> Iterator[FakeServer]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if fake.wants_password:
+                self.send_error(401)
+                return
             if not self.path.startswith(("/api/work_pools/gpus", "/api/flow_runs/")):
                 self.send_error(404)
                 return
@@ -113,8 +117,14 @@ def test_the_queue_is_held_until_it_is_released(server: FakeServer, runs: LiveRu
 
 
 def test_a_refusal_of_the_server_is_an_error(server: FakeServer) -> None:
-    with pytest.raises(InternVLError, match=r"/api does not take PATCH work_pools/nowhere: .*404"):
+    with pytest.raises(InternVLError, match=r"/api does not take PATCH /api/work_pools/nowhere: 404"):
         LiveRuns(server.url, "nowhere").hold_queue()
+
+
+def test_a_server_with_a_password_says_which_variable_it_goes_into(server: FakeServer) -> None:
+    server.wants_password = True
+    with pytest.raises(ArgumentError, match=r"wants a password: set PREFECT_API_AUTH_STRING to user:password\.$"):
+        LiveRuns(server.url, "gpus").hold_queue()
 
 
 def test_the_end_of_up_pauses_the_pool_before_it_cancels(
