@@ -54,6 +54,7 @@ def evaluate_held_out(
     cache_dir = Path(arguments.extension.cache_dir).expanduser()
     questions = load_questions(arguments.extension.eval_meta_path, cache_dir)
     shares = [questions[each::world_size] for each in range(world_size)]
+    logger.info("Asking %d held-out questions", len(questions))
     answers = list(iter_answers(model, tokenizer, encoder, shares[rank], arguments, on_batch=on_batch))
     on_batch()
     if is_deepspeed_zero3_enabled():

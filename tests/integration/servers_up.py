@@ -27,23 +27,27 @@ class Up:
     mlflow_url: str
     directory: Path
 
+    def ask(self, method: str, path: str, content: Any = None) -> httpx.Response:
+        """Ask Prefect as its own clients do: on SQLite it turns away one of two that write at once, with 503."""
+        for wait_s in (0.2, 0.5, 1, 2, 5):
+            answer = httpx.request(method, f"{self.api_url}/{path}", json=content, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(wait_s)
+        return answer
+
     def post(self, path: str, **content: Any) -> Any:
-        answer = httpx.post(f"{self.api_url}/{path}", json=content, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        return self.ask("POST", path, content).raise_for_status().json()
 
     def get(self, path: str) -> Any:
-        answer = httpx.get(f"{self.api_url}/{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        return self.ask("GET", path).raise_for_status().json()
 
     def patch(self, path: str, **content: Any) -> None:
-        httpx.patch(f"{self.api_url}/{path}", json=content, timeout=30).raise_for_status()
+        self.ask("PATCH", path, content).raise_for_status()
 
-    def create_run(self, deployment: str, parameters: dict[str, Any]) -> httpx.Response:
+    def create_run(self, deployment: str, parameters: dict[str, Any], **more: Any) -> httpx.Response:
         found = self.get(f"deployments/name/{deployment}")
-        path = f"{self.api_url}/deployments/{found['id']}/create_flow_run"
-        return httpx.post(path, json={"parameters": parameters}, timeout=30)
+        return self.ask("POST", f"deployments/{found['id']}/create_flow_run", {"parameters": parameters, **more})
 
     def get_state(self, run_id: str) -> str:
         return str(self.get(f"flow_runs/{run_id}")["state_type"])
@@ -61,8 +65,8 @@ def find_free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def list_processes(marker: Path, word: str = "") -> dict[int, str]:
-    """List living processes whose command line or environment names a directory, and their command lines."""
+def list_processes(marker: Path | str, word: str = "") -> dict[int, str]:
+    """List living processes whose command line or environment names a directory or a run, and their command lines."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

@@ -95,7 +95,7 @@ def test_deploying_again_updates_what_is_there_but_not_what_somebody_set(up: Up)
     automation = up.post("automations/filter")[0]
     old = {"trigger": {**automation["trigger"], "within": 90}, "enabled": False}
     content = {name: value for name, value in {**automation, **old}.items() if name not in ("id", "created", "updated")}
-    httpx.put(f"{up.api_url}/automations/{automation['id']}", json=content, timeout=30).raise_for_status()
+    up.ask("PUT", f"automations/{automation['id']}", content).raise_for_status()
     up.patch("work_pools/internvl", concurrency_limit=7)
     nightly = up.get(NIGHTLY)
     (schedule,) = nightly["schedules"]

@@ -1,0 +1,109 @@
+"""Ends of runs that take minutes: a machine that goes down, a cancel while a checkpoint is scored."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers_up import QUICK, Up, find_ranks, is_committed, list_processes, start_up, wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+HEARTBEAT_S = 30
+"""The shortest that Prefect takes; the default is 180."""
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with start_up(tmp_path_factory.mktemp("servers"), until="Ctrl-C stops") as started:
+        yield started
+
+
+def shorten_the_watch(up: Up) -> None:
+    """Have the server miss runs with HEARTBEAT_S after three of them, as it does with the default."""
+    (automation,) = up.post("automations/filter")
+    shorter = {"trigger": {**automation["trigger"], "within": 3 * HEARTBEAT_S}}
+    content = {name: value for name, value in automation.items() if name not in ("id", "created", "updated")}
+    up.ask("PUT", f"automations/{automation['id']}", {**content, **shorter}).raise_for_status()
+
+
+def count_heartbeats(up: Up, run_id: str) -> int:
+    wanted = {
+        "event": {"name": ["prefect.flow-run.heartbeat"]},
+        "resource": {"id": [f"prefect.flow-run.{run_id}"]},
+    }
+    return int(up.post("events/filter", filter=wanted)["total"])
+
+
+def count_attempts(workspace: Path) -> int:
+    """Count the attempts that came to train."""
+    return len(list((workspace / "attempts").glob("stage1-*/*/metrics.jsonl")))
+
+
+def test_a_run_that_dies_with_its_machine_is_marked_as_crashed_and_resumed_by_the_same_recipe(
+    up: Up, tmp_path: Path
+) -> None:
+    shorten_the_watch(up)
+    overrides = {
+        "workspace": str(tmp_path),
+        "stages.stage1.arguments.max_steps": 100_000,
+        "stages.stage1.arguments.logging_steps": 1,
+        "stages.stage1.arguments.save_strategy": "steps",
+        "stages.stage1.arguments.save_steps": 20,
+    }
+    given: dict[str, Any] = {**QUICK, "overrides": overrides}
+    heartbeats = {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S)}}
+    run_id = up.create_run("pretrain/pretrain", given, job_variables=heartbeats).json()["id"]
+    wait_until(lambda: is_committed(tmp_path), "nothing was committed", deadline_s=240)
+    wait_until(lambda: count_heartbeats(up, run_id) == 5, "no heartbeats", deadline_s=6 * HEARTBEAT_S)
+    assert up.get_state(run_id) == "RUNNING", "a run that lives was marked"
+
+    # The worker first: it would mark the run itself.
+    for pid in [*list_processes(up.directory, "prefect worker start"), *list_processes(run_id)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: up.get_state(run_id) == "CRASHED", "it was not marked", deadline_s=6 * HEARTBEAT_S)
+    assert up.get(f"flow_runs/{run_id}")["state"]["message"] == "Its process is gone: no heartbeat."
+
+    again = up.create_run("pretrain/pretrain", given).json()["id"]
+    wait_until(lambda: count_attempts(tmp_path) == 2, "it was not taken up again", deadline_s=240)
+    (attempt,) = (tmp_path / "attempts").glob("stage1-*/2")
+    first = json.loads((attempt / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] > 20
+    up.post(f"flow_runs/{again}/set_state", state={"type": "CANCELLING"})
+    wait_until(lambda: up.get_state(again) == "CANCELLED", "it was not cancelled", deadline_s=60)
+
+
+def test_a_cancel_while_a_candidate_is_scored_leaves_no_rank_and_the_next_night_goes_on_there(
+    up: Up, tmp_path: Path
+) -> None:
+    overrides = {
+        "workspace": str(tmp_path),
+        "launcher.nproc_per_node": 1,
+        "stages.finetune.arguments.max_steps": 2,
+        # Half a minute of answers.
+        "stages.finetune.arguments.per_device_eval_batch_size": 1,
+        "stages.finetune.arguments.eval_max_new_tokens": 32,
+    }
+    given = {"recipe": "smoke-nightly", "model": "digits", "overrides": overrides}
+
+    def is_scoring() -> bool:
+        logs = (tmp_path / "evaluations").glob("*/1/trainer.log")
+        return any("Asking" in path.read_text() for path in logs)
+
+    run_id = up.create_run("finetune-nightly/finetune-nightly", given).json()["id"]
+    wait_until(is_scoring, "the candidate was not scored", deadline_s=300)
+    up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
+    wait_until(lambda: up.get_state(run_id) == "CANCELLED", "it was not cancelled", deadline_s=60)
+    assert find_ranks(tmp_path) == []
+    (failure,) = (tmp_path / "evaluations").glob("*/1/failure.json")
+    assert "Stopped on request during the evaluation" in json.loads(failure.read_text())["message"]
+
+    again = up.create_run("finetune-nightly/finetune-nightly", given).json()["id"]
+    wait_until(lambda: up.get_state(again) in ("COMPLETED", "FAILED", "CRASHED"), "it did not end", deadline_s=300)
+    assert up.get(f"flow_runs/{again}")["state"]["name"] == "Promoted"
+    assert len(list((tmp_path / "attempts").glob("finetune-*/[0-9]*"))) == 1, "it was trained again"
