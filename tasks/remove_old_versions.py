@@ -21,7 +21,8 @@ def remove_old_versions(
 ) -> list[int]:
     """Remove versions before the last ones, with their stages in the store.
 
-    Those with an alias stay, and those that the adapters of one that stays were trained over. What
+    Those with an alias stay, and those that the adapters of one that stays were trained over. A stage's directory
+    goes as a whole, so a version that shares one with what stays, trained afresh from the same inputs, stays too. What
     cannot be removed now is left for the next time: this raises nothing of ours.
 
     Uses: the model registry of MLflow, the store.
@@ -42,14 +43,14 @@ def remove_old_versions(
         versions = registry.list_versions()
         staying = {version.number for version in versions[:keep_last]} | registry.list_aliased() | set(protected)
         kept = [version for version in versions if version.number in staying]
-        needed = _list_needed(kept)
+        needed = _list_needed(kept, store_uri)
     except InternVLError as error:
         log.warning("No old version is removed, for it is not known what is needed: %s", error)
         return []
     gone = []
     for version in versions:
-        is_needed = version.number in staying or not needed.isdisjoint(stage.digest for stage in version.stages)
-        if is_needed or not all(stage.uri.startswith(f"{store_uri}/") for stage in version.stages):
+        is_needed = version.number in staying or not needed.isdisjoint(_name_all(version.stages, store_uri))
+        if is_needed or not all(_find_directory(stage, store_uri) for stage in version.stages):
             continue
         try:
             for stage in version.stages:
@@ -64,18 +65,34 @@ def remove_old_versions(
     return gone
 
 
-def _list_needed(versions: Iterable[ModelVersion]) -> set[str]:
-    """List the digests of all stages of these versions, and of what their adapters were trained over."""
+def _list_needed(versions: Iterable[ModelVersion], store_uri: str) -> set[str]:
+    """Name all stages of these versions, and what their adapters were trained over."""
     needed = set()
     for version in versions:
-        needed |= {stage.digest for stage in version.stages}
-        needed |= {base.digest for base in list_bases(version.checkpoint)}
+        needed |= _name_all([*version.stages, *list_bases(version.checkpoint)], store_uri)
     return needed
+
+
+def _name_all(checkpoints: Iterable[CheckpointRef], store_uri: str) -> set[str]:
+    """Name checkpoints by digest, for there are copies of them, and by the directories that would go with them."""
+    names = set()
+    for checkpoint in checkpoints:
+        names.add(checkpoint.digest)
+        directory = _find_directory(checkpoint, store_uri)
+        if directory is not None:
+            names.add(directory)
+    return names
+
+
+def _find_directory(checkpoint: CheckpointRef, store_uri: str) -> str | None:
+    """Find the name of the directory of a checkpoint's stage; None: it is in another store."""
+    prefix = f"{store_uri}/"
+    return checkpoint.uri.removeprefix(prefix).partition("/")[0] if checkpoint.uri.startswith(prefix) else None
 
 
 def _remove(stage: CheckpointRef, store_uri: str, run_id: str) -> None:
     names = open_backend(store_uri).list_names("")
-    directory = stage.uri.removeprefix(f"{store_uri}/").partition("/")[0]
+    directory = _find_directory(stage, store_uri)
     # Gone already, by a hand or a night that was cut. Without any name nothing is known: a disk is not mounted.
     if directory in names or not names:
         remove_stage(stage.uri, run_id)

@@ -11,7 +11,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from internvl_core.checkpoint.base_model import BASE_FILE
 from internvl_core.checkpoint.manifest import CheckpointKind
-from internvl_core.checkpoint.store import Owner, StageStore
+from internvl_core.checkpoint.store import Owner, StageStore, read_manifest
 from internvl_core.contract import CheckpointRef
 from tasks.mlflow_client import connect
 from tasks.model_registry import ModelRegistry, ModelVersion
@@ -46,15 +46,20 @@ def store_uri(tmp_path: Path) -> str:
 
 @pytest.fixture
 def add(registry: ModelRegistry, store_uri: str, tmp_path: Path) -> Add:
-    """Publish a checkpoint, an adapter over another one if that is given, and register it."""
+    """Publish a checkpoint, an adapter over another one if that is given, and register it.
 
-    def add(name: str, *, base: CheckpointRef | None = None, store: str = store_uri) -> ModelVersion:
+    With `inputs` of an earlier one it is of the same stage, trained afresh.
+    """
+
+    def add(
+        name: str, *, base: CheckpointRef | None = None, store: str = store_uri, inputs: str | None = None
+    ) -> ModelVersion:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "weights").write_text(name)
         if base is not None:
             (folder / BASE_FILE).write_text(json.dumps({"uri": base.uri, "digest": base.digest}))
-        stage = StageStore(store, "finetune", hashlib.sha256(name.encode()).hexdigest())
+        stage = StageStore(store, "finetune", hashlib.sha256((inputs or name).encode()).hexdigest())
         lease = stage.acquire(Owner.of_this_process("run"), choose_base=lambda _: None)
         final = stage.publish(folder, step=1, fence=lease.fence, kind=CheckpointKind.FINAL, parent=None, info={})
         lease.release()
@@ -114,6 +119,26 @@ def test_what_adapters_that_stay_were_trained_over_stays(add: Add, remove: Calla
     assert remove(1) == [3]
     assert is_committed(base)
     assert is_committed(between)
+
+
+def test_what_shares_the_directory_of_one_that_stays_or_of_its_base_stays(
+    registry: ModelRegistry, add: Add, remove: Callable[..., list[int]]
+) -> None:
+    add("champion")
+    again = add("again", inputs="champion")
+    add("base")
+    base = add("base again", inputs="base")
+    registry.promote(again)
+    add("adapter", base=base.checkpoint)
+    assert remove(1) == []
+    assert read_manifest(again.checkpoint).step == 1
+    assert read_manifest(base.checkpoint).step == 1
+    add("next")
+    add("next again", inputs="next")
+    # Both of a directory go when neither is needed.
+    add("last")
+    assert remove(1) == [7, 6, 5, 4, 3]
+    assert read_manifest(again.checkpoint).step == 1
 
 
 def test_what_a_person_pinned_and_what_lies_elsewhere_stays(
