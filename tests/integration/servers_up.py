@@ -1,11 +1,10 @@
 """An `internvl up` of a test's own: real servers on free ports, and what is left of them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import find_free_port, wait_until
 
 COMMAND = [sys.executable, "-m", "flows.cli"]
 QUICK = {"recipe": "smoke", "stages": ["stage1"], "overrides": {"stages.stage1.arguments.max_steps": 2}}
@@ -53,48 +53,18 @@ class Up:
         return str(self.get(f"flow_runs/{run_id}")["state_type"])
 
 
-def wait_until(condition: Callable[[], Any], message: str | Callable[[], str], *, deadline_s: float) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, message if isinstance(message, str) else message()
-        time.sleep(0.2)
-
-
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-def list_processes(marker: Path | str, word: str = "") -> dict[int, str]:
-    """List living processes whose command line or environment names a directory or a run, and their command lines."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                if command and str(marker).encode() in command + (entry / "environ").read_bytes():
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-    return {pid: command for pid, command in found.items() if word in command}
-
-
-def find_ranks(workspace: Path) -> list[int]:
-    return list(list_processes(workspace, f"--attempt_dir={workspace}"))
-
-
 def is_committed(workspace: Path) -> bool:
     return any((workspace / "store").glob("stage1-*/commits/*.json"))
 
 
-def start_long_run(up: Up, workspace: Path) -> str:
+def start_long_run(up: Up, workspace: Path, deployment: str = "pretrain/pretrain") -> str:
     """Start a run that would go on for hours, and wait until it trains."""
     overrides = {
         "workspace": str(workspace),
         "stages.stage1.arguments.max_steps": 100_000,
         "stages.stage1.arguments.logging_steps": 1,
     }
-    run_id = str(up.create_run("pretrain/pretrain", {**QUICK, "overrides": overrides}).json()["id"])
+    run_id = str(up.create_run(deployment, {**QUICK, "overrides": overrides}).json()["id"])
     wait_for_training(workspace)
     assert up.get_state(run_id) == "RUNNING"
     return run_id

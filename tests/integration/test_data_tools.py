@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from processes import wait_until
 
 from flows import cli
 from internvl_core.errors import ArgumentError, DataError, InternVLError
@@ -282,10 +282,3 @@ def is_alive(process: int) -> bool:
 def is_waiting(process: int) -> bool:
     """Tell whether the tool has come to its job: two threads, one of them watching its owner."""
     return len(list(Path(f"/proc/{process}/task").iterdir())) > 1
-
-
-def wait_until(condition: Callable[[], bool], message: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, message
-        time.sleep(0.05)

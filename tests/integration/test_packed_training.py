@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import find_ranks
 from stage_runs import FINGERPRINT, Attempt, Inputs, check_equal_weights, launch, make_inputs, run, wait
 from torch import Tensor, nn
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
@@ -218,19 +219,6 @@ def read_curve(directory: Path) -> list[dict[str, Any]]:
     # The last line may be half written.
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def find_ranks(directory: Path) -> list[int]:
-    """Find the processes that train in an attempt's directory: ranks and their workers, not torchrun."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            items = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if f"--attempt_dir={directory}" in items and "torch.distributed.run" not in items:
-            found.append(int(path.parent.name))
-    return found
 
 
 def wait_for_step(running: RunningStage, step: int) -> None:

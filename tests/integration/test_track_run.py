@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import wait_until
 
 from internvl_core.errors import ArgumentError
 from tasks.track_run import RunTracker, TrackedData, replay
@@ -132,13 +133,6 @@ def read_artifact(tracking_uri: str, run_id: str, name: str, tmp_path: Path) -> 
 
 def losses(first: int, last: int) -> list[tuple[int, float]]:
     return [(step, loss_at(step)) for step in range(first, last + 1)]
-
-
-def wait_until(is_true: Callable[[], bool], deadline_s: float = 30) -> None:
-    end = time.monotonic() + deadline_s
-    while not is_true():
-        assert time.monotonic() < end, "not so within the deadline"
-        threading.Event().wait(0.02)
 
 
 def test_a_pipeline_run_is_recorded_with_its_stages_series_params_and_states(

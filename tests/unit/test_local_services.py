@@ -4,11 +4,11 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import wait_until
 
 from flows import local_services
 from flows.local_services import (
@@ -24,13 +24,6 @@ from internvl_core.errors import ArgumentError, InternVLError
 
 UNUSED_URL = "http://127.0.0.1:1/"
 LEAVES_A_CHILD = "sleep 1000 & echo $! > {pid_file}; {then}"
-
-
-def wait_until(condition: Callable[[], object], message: str) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, message
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
