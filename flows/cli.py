@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="ckpt")
 
-INTERRUPTED = 130
+STOPPED = 130
 LINE_COLUMNS = 100
 
 QUIET_PREFECT = {
@@ -82,14 +82,16 @@ def run(
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
-    from flows.stages import RecipeResult
+    from flows.stages import INTERRUPTED, RecipeResult
 
     quiet_prefect()
     check_server()
     flow = pretrain if loaded.flow == "pretrain" else finetune
     try:
         result = flow(recipe, stages=stages, overrides=overrides, is_fresh=fresh)
-    except CancelledRun:
+    except CancelledRun as cancelled:
+        if str(cancelled) == INTERRUPTED:
+            raise KeyboardInterrupt from None
         raise Preempted("The run was cancelled; it goes on where it is run again.") from None
     assert isinstance(result, RecipeResult)
     _print_result(result)
@@ -159,7 +161,7 @@ def main() -> None:
         command = context.command_path if context is not None else "internvl"
         typer.echo(f"{command}: {error.format_message().rstrip('.')}. See {command} --help.", err=True)
         sys.exit(ArgumentError.exit_code)
-    if exit_code == INTERRUPTED:
+    if exit_code == STOPPED:
         typer.echo("Stopped.", err=True)
     sys.exit(exit_code)
 
@@ -194,7 +196,7 @@ def _ui_commands(recipe: "Recipe") -> dict[str, str]:
     settings = get_current_settings()
     bin_dir = Path(sys.executable).parent
     if settings.api.url:
-        prefect_ui = settings.api.url.rstrip("/").removesuffix("/api")
+        prefect_ui = hide_password(settings.api.url).rstrip("/").removesuffix("/api")
     else:
         # The embedded server's database is in Prefect's home: the server must look there too.
         server = shlex.join(["env", f"PREFECT_HOME={settings.home}", f"{bin_dir}/prefect", "server", "start"])

@@ -6,10 +6,12 @@ the console and in the UI alike. Any other exception keeps its stack.
 
 import logging
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.logging.configuration import setup_logging
 from prefect.settings import get_current_settings
 
+from flows.prefect_api import AUTH_VARIABLE
 from internvl_core.errors import ArgumentError, InternVLError
 from tasks.address import hide_password
 
@@ -42,21 +44,33 @@ def shorten_errors() -> None:
 
 
 def check_server() -> None:
-    """Ask the Prefect server that the settings name, if they name one, whether it is there.
+    """Ask the Prefect server that the settings name, if they name one, whether it is there and lets us in.
 
     Raises:
-        ArgumentError: it does not answer.
+        ArgumentError: it does not answer, or wants a password.
     """
     url = get_current_settings().api.url
     if url is None:
         return
-    with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-    if error is not None:
-        raise ArgumentError(
-            hide_password(f"PREFECT_API_URL: {url} does not answer as a Prefect server ({error}). ")
-            + "Start it, or unset PREFECT_API_URL to run on the embedded one."
-        )
+    error: Exception | None
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+            if error is None:
+                # Health is told to everybody.
+                client.raise_for_api_version_mismatch()
+    except (RuntimeError, httpx.InvalidURL, httpx.HTTPStatusError) as raised:
+        error = raised
+    if error is None:
+        return
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+        problem = f"wants a password. Set {AUTH_VARIABLE} to user:password"
+    else:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        problem = f"does not answer as a Prefect server ({reason}). Start it, correct the address, which ends in /api"
+    raise ArgumentError(
+        hide_password(f"PREFECT_API_URL: {url} ") + f"{problem}, or unset PREFECT_API_URL to run on the embedded one."
+    )
 
 
 def _drop_known_stack(record: logging.LogRecord) -> bool:

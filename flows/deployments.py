@@ -27,17 +27,19 @@ def register(
     *,
     api_url: str,
     pool: str,
+    max_runs: int | None = None,
     environment: Mapping[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Register all of it on a server; what is there is updated, but not the settings of the pool.
 
-    Schedules and parameters that somebody set on the server stay, unless the file is one's own.
+    What somebody set of deployments on the server stays, unless the file is one's own.
 
     Args:
         file: the deployments; its flows are looked for from the folder above its own.
         api_url: of the server, ending in /api.
         pool: its workers train.
+        max_runs: so many runs of the pool at once, if it is made now; None: each worker knows for itself.
         environment: with Prefect's settings; None: this process's.
         check: called now and then; what it raises ends the registering.
 
@@ -45,7 +47,7 @@ def register(
         The names of the deployments.
 
     Raises:
-        ArgumentError: no such file.
+        ArgumentError: no such file; no such server, or it wants a password.
         InternVLError: Prefect refuses; with what it said.
     """
     if not file.is_file():
@@ -53,9 +55,12 @@ def register(
     inherited = os.environ if environment is None else environment
     server = _Server(api_url, {**inherited, "PREFECT_API_URL": api_url, POOL_VARIABLE: pool}, check)
     api = PrefectApi(api_url, server.environment)
+    api.check()
     # Not `create --overwrite`: it would undo what somebody has set.
     if api.find(f"work_pools/{pool}") is None:
         server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", "process")
+        if max_runs is not None:
+            api.send("PATCH", f"work_pools/{pool}", {"concurrency_limit": max_runs})
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", str(file.resolve()), "--all")
     # A file of somebody's own says what he wants.
     kept = KeptSettings(api) if file.resolve() == DEFAULT_FILE.resolve() else None

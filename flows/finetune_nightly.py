@@ -10,9 +10,10 @@ from prefect.runtime import flow_run as running_flow
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
+from flows.console import shorten_errors
 from flows.parameters import CheckpointUri, Processes, RecipeSource, StoreUri, TrackingUri, merge_overrides
 from flows.recipe import Recipe, load_recipe
-from flows.stages import check_recipe, name_run, train_stages
+from flows.stages import check_recipe, make_workspace, name_run, train_stages
 from internvl_core.checkpoint.store import read_manifest, resolve_checkpoint
 from internvl_core.checkpoint.uri import normalize_store_uri
 from internvl_core.contract import CheckpointRef
@@ -66,6 +67,7 @@ def finetune_nightly(
     given = merge_overrides(
         overrides, start_from=start_from, launcher=launcher, store_uri=store_uri, tracking_uri=tracking_uri
     )
+    shorten_errors()
     try:
         return _run_night(
             recipe,
@@ -78,7 +80,8 @@ def finetune_nightly(
     except RunCancelled as cancelled:
         return Cancelled(message=str(cancelled))
     except Exception as error:
-        notify(f"{recipe}: the nightly finetune failed: {error}", {"model": model, "result": "failed"})
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        notify(f"{recipe}: the nightly finetune failed: {first}", {"model": model, "result": "failed"})
         raise
 
 
@@ -91,6 +94,7 @@ def _run_night(
     # Candidates have a place of their own: what is old of them is removed.
     given = {**given, "store_uri": f"{normalize_store_uri(recipe.store)}/{model}"}
     follows_champion = starts_from_champion and not _names_start(given, recipe)
+    make_workspace(recipe.directory)
     with ExitStack() as held:
         try:
             held.enter_context(hold_stage(recipe.directory / "nightly" / model, _get_run_id(), patience_s=0))

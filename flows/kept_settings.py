@@ -1,18 +1,20 @@
 """What people set of deployments on a server, kept while the deployments are registered again.
 
-Prefect writes schedules and parameters as the file has them. The shipped file cannot know which schedule
-somebody has switched on, with which recipe.
+Prefect writes schedules and parameters as the file has them, switches deployments on, and where a person has added a
+schedule, which has no slug, it removes all of them and makes those of the file. The shipped file cannot know which
+schedule somebody has switched on, with which recipe.
 """
 
 from typing import Any
 
 from flows.prefect_api import PrefectApi
 
+_OF_DEPLOYMENT = ("parameters", "paused")
 _OF_SCHEDULE = ("active", "schedule", "parameters")
 
 
 class KeptSettings:
-    """Parameters and schedules of all deployments of a server, as they were at a time."""
+    """Settings and schedules of all deployments of a server, as they were at a time."""
 
     def __init__(self, api: PrefectApi) -> None:
         """Read them.
@@ -30,13 +32,25 @@ class KeptSettings:
             if before is None:
                 continue
             path = f"deployments/{deployment_id}"
-            if before["parameters"] != now["parameters"]:
-                self._api.send("PATCH", path, {"parameters": before["parameters"]})
-            known = {schedule["slug"]: schedule for schedule in before["schedules"]}
-            for schedule in now["schedules"]:
-                kept = {name: known.get(schedule["slug"], schedule)[name] for name in _OF_SCHEDULE}
-                if kept != {name: schedule[name] for name in _OF_SCHEDULE}:
-                    self._api.send("PATCH", f"{path}/schedules/{schedule['id']}", kept)
+            changed = {name: before[name] for name in _OF_DEPLOYMENT if before[name] != now[name]}
+            if changed:
+                self._api.send("PATCH", path, changed)
+            self._restore_schedules(path, before["schedules"], now["schedules"])
+
+    def _restore_schedules(self, path: str, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+        known = {_name(schedule): schedule for schedule in now}
+        for schedule in before:
+            own = {name: schedule[name] for name in _OF_SCHEDULE}
+            found = known.get(_name(schedule))
+            if found is None:
+                self._api.send("POST", f"{path}/schedules", [{**own, "slug": schedule["slug"]}])
+            elif own != {name: found[name] for name in _OF_SCHEDULE}:
+                self._api.send("PATCH", f"{path}/schedules/{found['id']}", own)
 
     def _list_deployments(self) -> dict[str, dict[str, Any]]:
         return {each["id"]: each for each in self._api.list("deployments", {})}
+
+
+def _name(schedule: dict[str, Any]) -> str:
+    """Name a schedule: by its slug, which it keeps when it is made anew; by its id if a person added it."""
+    return str(schedule["slug"] or schedule["id"])

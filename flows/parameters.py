@@ -1,7 +1,7 @@
 """The parameters of the deployed flows. Their types become the fields of the form in the Prefect UI.
 
 What the form's schema says (choices, patterns, least values) the server refuses before a run is created; the rest is
-checked by the flow before its first task.
+checked by the flow before anything is trained.
 """
 
 from collections.abc import Mapping

@@ -15,8 +15,7 @@ from flows.parameters import (
     TrackingUri,
     merge_overrides,
 )
-from flows.recipe import load_recipe
-from flows.stages import RecipeResult, name_run, run_stages
+from flows.stages import RecipeResult, name_run, run_recipe
 
 
 @flow(name="pretrain", flow_run_name=name_run)
@@ -47,4 +46,4 @@ def pretrain(
     given = merge_overrides(
         overrides, start_from=start_from, launcher=launcher, store_uri=store_uri, tracking_uri=tracking_uri
     )
-    return run_stages(load_recipe(recipe, given, only_stages=stages), only_stages=stages, is_fresh=is_fresh)
+    return run_recipe(recipe, given, only_stages=stages, is_fresh=is_fresh)

@@ -80,7 +80,8 @@ def _serve(
     services.start(mlflow)
     services.wait_for(prefect, check=check)
     environment = build_environment(worker.environment)
-    deployed = register(file, api_url=api_url, pool=POOL, environment=environment, check=check)
+    # Of the pool: a worker that is started again does not know of a run that the killed one has left.
+    deployed = register(file, api_url=api_url, pool=POOL, max_runs=1, environment=environment, check=check)
     services.wait_for(mlflow, check=check)
     runs = LiveRuns(api_url, POOL)
     runs.release_queue()

@@ -2,10 +2,11 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
@@ -14,9 +15,8 @@ from prefect.states import Cancelled
 
 from flows.console import shorten_errors
 from flows.provenance import collect_tags
-from flows.recipe import Recipe
+from flows.recipe import Recipe, load_recipe
 from internvl_core.checkpoint.store import resolve_checkpoint
-from internvl_core.contract import CheckpointRef
 from internvl_core.errors import ArgumentError
 from internvl_core.inspection.lint_report import MetaReport
 from tasks.build_smoke_inputs import build_smoke_inputs
@@ -25,7 +25,6 @@ from tasks.check_gate import check_gate
 from tasks.check_inputs import check_inputs
 from tasks.index_data import index_data
 from tasks.show_stages import show_stages
-from tasks.stage import PREVIOUS, Stage
 from tasks.stage_plan import check_launchers, check_stage_arguments
 from tasks.stage_tries import StageTries
 from tasks.track_run import RunTracker
@@ -35,7 +34,11 @@ from tasks.write_report import write_report
 
 logger = logging.getLogger(__name__)
 
-_MAX_RETRIES = 100
+INTERRUPTED = "Ctrl-C. It goes on where it is run again."
+"""Message of the state of a run that a person stopped at its own terminal."""
+
+_MAX_RETRIES = 100_000
+"""Prefect wants a number; `StageTries` counts those that bring nothing."""
 _DRAWN_NAME = re.compile(r"[A-Za-z]+-[A-Za-z]+")
 """Two words, such as `tasty-wombat`: what Prefect and its form call a run that nobody named."""
 
@@ -61,24 +64,30 @@ def name_run() -> str:
     return Path(running_flow.parameters["recipe"]).stem if _DRAWN_NAME.fullmatch(given) else given
 
 
-def run_stages(
-    recipe: Recipe, *, only_stages: Sequence[str] | None = None, is_fresh: bool = False
+def run_recipe(
+    source: str, given: Mapping[str, Any], *, only_stages: Sequence[str] | None = None, is_fresh: bool = False
 ) -> RecipeResult | State[RecipeResult]:
     """Check everything, then train stage after stage; what was trained is reported however it ends.
 
     Args:
-        recipe: with the stages to train, and before them those whose results they start from.
-        only_stages: those to train; the others have to be finished. None or none: all.
+        source: name of a shipped recipe, or the path of a YAML file.
+        given: overrides, by dotted paths.
+        only_stages: those to train; the stages before them have to be finished. None or none: all.
         is_fresh: train even what is finished.
 
     Returns:
-        What was trained; the state Cancelled if the server said so, and no worker was left to do it.
+        What was trained; the state Cancelled after Ctrl-C, and if the server said so with no worker left to do it.
     """
+    # Here and not only in the command: a worker runs the flow without it.
+    shorten_errors()
+    recipe = load_recipe(source, given, only_stages=only_stages)
     try:
         data = check_recipe(recipe)
         return train_stages(recipe, data, only_stages=only_stages, is_fresh=is_fresh)
     except RunCancelled as cancelled:
         return Cancelled(message=str(cancelled))
+    except KeyboardInterrupt:
+        return Cancelled(message=INTERRUPTED)
 
 
 def check_recipe(recipe: Recipe) -> list[MetaReport]:
@@ -90,11 +99,9 @@ def check_recipe(recipe: Recipe) -> list[MetaReport]:
     Raises:
         InternVLError: all that is wrong of one kind, a line each.
     """
-    # Here and not only in the command: a worker runs the flow without it.
-    shorten_errors()
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
     check_launchers(recipe.stages)
-    _make_workspace(recipe.directory)
+    make_workspace(recipe.directory)
     if recipe.smoke_inputs:
         build_smoke_inputs(recipe.directory)
     check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
@@ -109,7 +116,7 @@ def train_stages(
     is_fresh: bool = False,
     skips_last_gate: bool = False,
 ) -> RecipeResult:
-    """Train stage after stage of a recipe that is checked; see `run_stages`.
+    """Train stage after stage of a recipe that is checked; see `run_recipe`.
 
     With `skips_last_gate` the caller sees to that one.
 
@@ -117,7 +124,6 @@ def train_stages(
         RunCancelled: somebody cancelled the run.
         InternVLError: a stage failed.
     """
-    # How many of them may fail in a row is counted by StageTries; a stage that gets on between faults goes on.
     retries = _MAX_RETRIES if recipe.retry_delays_s else 0
     train = train_stage.with_options(retries=retries, retry_delay_seconds=recipe.retry_delays_s or 0)
     result = RecipeResult(recipe, data)
@@ -127,7 +133,7 @@ def train_stages(
             is_chosen = not only_stages or stage.name in only_stages
             trained = train(
                 stage,
-                start_from=_find_start(stage, checkpoint),
+                start_from=stage.find_start(checkpoint),
                 workspace=recipe.directory,
                 store_uri=recipe.store,
                 tracker=tracker,
@@ -144,19 +150,16 @@ def train_stages(
     return result
 
 
-def _make_workspace(directory: Path) -> None:
+def make_workspace(directory: Path) -> None:
+    """Make the folder of a recipe's runs.
+
+    Raises:
+        ArgumentError: there is no place for it.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"workspace: {directory} cannot be made: {error.strerror}. Name another one.") from None
-
-
-def _find_start(stage: Stage, previous: CheckpointRef | None) -> CheckpointRef | None:
-    if stage.brings_own_weights:
-        return None
-    if stage.start_from in (None, PREVIOUS):
-        return previous
-    return resolve_checkpoint(stage.start_from)
 
 
 @contextmanager

@@ -40,15 +40,15 @@ def find_news(
     Args:
         stages: of the recipe.
         last: what was judged last.
-        start_from: checkpoint that the first stage starts from; None: what its arguments name.
+        start_from: checkpoint that the first stage starts from; None: what it names itself.
         follows_champion: the first stage starts from the champion as soon as there is one.
         workspace: local directory whose cache has the digests of files.
     """
     first, *rest = stages
-    begun = _list_inputs(first, start_from, workspace)
+    begun = _list_inputs(first, first.find_start(start_from), workspace)
     if follows_champion:
         begun = {name: value for name, value in begun.items() if name not in ("start_from", "components")}
-    following = [_list_inputs(stage, None if stage.brings_own_weights else _PREVIOUS, workspace) for stage in rest]
+    following = [_list_inputs(stage, stage.find_start(_PREVIOUS), workspace) for stage in rest]
     inputs = digest_json([begun, *following])
     if last is None or last.inputs != inputs:
         return News(inputs, None)

@@ -207,13 +207,13 @@ class ModelRegistry:
 
     @contextmanager
     def _asking(self) -> Iterator[Any]:
-        if self._client is None:
-            self._client = connect(self._tracking_uri)
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
+            if self._client is None:
+                self._client = connect(self._tracking_uri)
             yield self._client
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             where = f"MLflow at {hide_password(self._tracking_uri)}, registered model {self._name}"

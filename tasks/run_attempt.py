@@ -7,7 +7,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from internvl_core.contract import StageFile, StageResult
-from tasks.cancel_watch import CancelWatch
+from tasks.cancel_watch import CancelWatch, RunCancelled
 from tasks.hold_gpus import find_gpus, hold_gpus
 from tasks.launch import RunningStage, launch_stage
 from tasks.show_late_save import show_late_save
@@ -16,8 +16,8 @@ from tasks.stage_plan import RESUME, StagePlan, get_cache_dir
 
 LEAVE_S = 60.0
 """How long ranks take to leave once they have saved, killed ones included."""
-_LEAVE_WORKER_S = 15.0
-"""Of the 30 s in which a worker lets a cancelled flow end; the tracker waits 10 s after it, and there is a report."""
+_LEAVE_WORKER_S = 25.0
+"""Of the 30 s in which a worker lets a cancelled flow end; after it there are MLflow and a report."""
 
 
 def make_attempt_dir(attempts_dir: Path) -> Path:
@@ -78,7 +78,12 @@ def run_attempt(stage_file: StageFile, attempt_dir: Path, lock: int) -> StageRes
             ) as gpu_locks,
             launch_stage(stage_file, attempt_dir, locks=[lock, *gpu_locks], leave_after_s=leave_after_s) as running,
         ):
-            _watch(running, watch, stage_file.stage)
+            try:
+                _watch(running, watch, stage_file.stage)
+            except RunCancelled:
+                # Of a run that has lost its worker, so that nobody ends it before it is done.
+                running.stop()
+                raise
             return running.result()
     finally:
         if running is not None:

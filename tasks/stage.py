@@ -4,6 +4,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from internvl_core.checkpoint.store import resolve_checkpoint
+from internvl_core.contract import CheckpointRef
+
 PREVIOUS = "previous"
 
 
@@ -74,3 +77,16 @@ class Stage(BaseModel):
     def brings_own_weights(self) -> bool:
         """The arguments name a model or components, so no checkpoint of another stage is the start."""
         return any(self.arguments.get(name) for name in ("model_name_or_path", "vision_path", "llm_path"))
+
+    def find_start(self, previous: CheckpointRef | None) -> CheckpointRef | None:
+        """Find the checkpoint that the stage starts from; None: it brings its own weights.
+
+        Args:
+            previous: of the stage before, or the one that the recipe starts from.
+
+        Raises:
+            CheckpointNotFound, CheckpointCorrupt: the one that it names is not there, or is damaged.
+        """
+        if self.brings_own_weights:
+            return None
+        return previous if self.start_from in (None, PREVIOUS) else resolve_checkpoint(self.start_from)

@@ -29,6 +29,8 @@ POLL_INTERVAL_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 FAILING_DEADLINE_S = 10.0
 """How long `close` waits for an MLflow that did not answer before: long enough for a restart, short for a run's end."""
+KILLED_DEADLINE_S = 3.0
+"""How long after a cancel: Prefect's worker kills the flow 30 s after it, and most of these are for the save."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +95,10 @@ class RunTracker:
     ) -> None:
         if kind is None:
             self.close(status="FINISHED")
+        elif issubclass(kind, Exception):
+            self.close(status="FAILED", deadline_s=FAILING_DEADLINE_S)
         else:
-            # A cancel is a BaseException, and Prefect kills the flow 30 s after it.
-            self.close(status="FAILED" if issubclass(kind, Exception) else "KILLED", deadline_s=FAILING_DEADLINE_S)
+            self.close(status="KILLED", deadline_s=KILLED_DEADLINE_S)
 
     @property
     def run_id(self) -> str | None:

@@ -124,19 +124,20 @@ def _bring_to_handover(
                 stage_file = describe_attempt(
                     plan, attempt_dir, run_id, workspace, store_uri=store_uri, can_resume=not is_fresh
                 )
-                with _track(tracker, plan, store.uri, attempt_dir, curve=run_id if is_fresh else "") as tracked:
+                metrics_path, curve = attempt_dir / METRICS_FILE, run_id if is_fresh else ""
+                with _track(tracker, plan, store.uri, metrics_path, curve=curve) as tracked:
                     result = _try(stage_file, attempt_dir, lock, store, tries)
                     tracked.note(result)
                 return TrainedStage(
                     stage.name,
                     result,
                     is_skipped=False,
-                    metrics_path=attempt_dir / METRICS_FILE,
+                    metrics_path=metrics_path,
                     failed_tries=tries.failed,
                 )
     attempts_dir.mkdir(parents=True, exist_ok=True)
-    with _track(tracker, plan, store.uri, attempts_dir, curve="") as tracked:
-        trained = _find_trained(stage, *handover, attempts_dir)
+    trained = _find_trained(stage, *handover, attempts_dir)
+    with _track(tracker, plan, store.uri, trained.metrics_path, curve="") as tracked:
         tracked.note(trained.result)
     return trained
 
@@ -157,7 +158,9 @@ class _Outcome:
 
 
 @contextmanager
-def _track(tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path, *, curve: str) -> Iterator[_Outcome]:
+def _track(
+    tracker: RunTracker, plan: StagePlan, store_uri: str, metrics_path: Path, *, curve: str
+) -> Iterator[_Outcome]:
     """Track a stage; its caller notes the result.
 
     A stage trained afresh is another `curve`; one that is resumed goes on with its own.
@@ -168,7 +171,7 @@ def _track(tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path
         key=f"{name}-{plan.fingerprint}{curve}",
         params=plan.values,
         tags={"internvl.fingerprint": plan.fingerprint, "internvl.store": store_uri},
-        metrics_path=directory / METRICS_FILE,
+        metrics_path=metrics_path,
         data=[
             TrackedData(Path(plan.values[name]).stem, digest, plan.values[name], METAS[name])
             for name, digest in plan.inputs["data"].items()
@@ -190,8 +193,12 @@ def _track(tracker: RunTracker, plan: StagePlan, store_uri: str, directory: Path
 
 def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path) -> TrainedStage:
     get_run_logger().info("%s: skipped, nothing it depends on has changed: %s", stage.name, checkpoint.uri)
-    metrics_path = attempts_dir / METRICS_FILE
-    metrics_path.write_bytes(read_file(checkpoint, METRICS_FILE))
+    # A name of its own: the tracker goes on where it left a file, and a stage trained afresh has another curve.
+    metrics_path = attempts_dir / f"{checkpoint.digest[:16]}-{METRICS_FILE}"
+    if not metrics_path.exists():
+        new = metrics_path.with_suffix(".new")
+        new.write_bytes(read_file(checkpoint, METRICS_FILE))
+        new.rename(metrics_path)
     stage_result = StageResult.from_json({**result, "checkpoint": asdict(checkpoint)})
     return TrainedStage(stage.name, stage_result, is_skipped=True, metrics_path=metrics_path)
 

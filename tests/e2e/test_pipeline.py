@@ -5,16 +5,18 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
 from mlflow.tracking import MlflowClient
+from processes import list_processes, wait_until
 from safetensors.torch import load_file
 
 from internvl_core.checkpoint.store import StageStore
@@ -68,26 +70,11 @@ def find_checkpoint(workspace: Path, stage: str) -> Path:
     return Path(found[0].uri.removeprefix("file://"))
 
 
-def list_processes(marker: str) -> list[int]:
-    """List living processes whose command line or environment holds a marker."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except OSError:
-                continue
-            if marker.encode() in text and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until(condition: Callable[[], bool], *, deadline_s: float, message: str) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, message
-        time.sleep(0.1)
+def read_last_state() -> str:
+    """Read the state of the last flow run from the database of the embedded server."""
+    with closing(sqlite3.connect(Path(os.environ["PREFECT_HOME"]) / "prefect.db")) as database:
+        (state,) = database.execute("SELECT state_type FROM flow_run ORDER BY created DESC LIMIT 1").fetchone()
+    return str(state)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -251,6 +238,7 @@ def test_killing_the_flow_leaves_no_trainer_and_the_next_run_resumes(finished: R
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     wait_until(no_trainer_lives, deadline_s=30, message="trainers outlived Ctrl-C")
+    assert read_last_state() == "CANCELLED"
     assert "Traceback" not in (tmp_path / "output.log").read_text()
 
 

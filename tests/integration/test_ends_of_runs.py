@@ -3,16 +3,20 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers_up import QUICK, Up, find_ranks, is_committed, list_processes, start_up, wait_until
+from processes import list_processes, wait_until
+from servers_up import QUICK, Up, get_environment, is_committed, start_long_run, start_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
+SERVED = {"name": {"any_": ["served"]}}
 HEARTBEAT_S = 30
 """The shortest that Prefect takes; the default is 180."""
 
@@ -71,11 +75,27 @@ def test_a_run_that_dies_with_its_machine_is_marked_as_crashed_and_resumed_by_th
 
     again = up.create_run("pretrain/pretrain", given).json()["id"]
     wait_until(lambda: count_attempts(tmp_path) == 2, "it was not taken up again", deadline_s=240)
-    (attempt,) = (tmp_path / "attempts").glob("stage1-*/2")
-    first = json.loads((attempt / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] > 20
+    (log,) = (tmp_path / "attempts").glob("stage1-*/2/trainer.log")
+    assert "Resuming from step" in log.read_text()
     up.post(f"flow_runs/{again}/set_state", state={"type": "CANCELLING"})
     wait_until(lambda: up.get_state(again) == "CANCELLED", "it was not cancelled", deadline_s=60)
+
+
+def test_a_cancel_of_a_served_flow_commits_and_leaves_no_rank(up: Up, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from flows.pretrain import pretrain; pretrain.serve(name='served')"]
+    environment = get_environment(PREFECT_API_URL=up.api_url, PREFECT_HOME=str(tmp_path / "serving"))
+    with (tmp_path / "served.log").open("wb") as log:
+        serving = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: up.post("deployments/filter", deployments=SERVED), "nothing is served", deadline_s=60)
+        run_id = start_long_run(up, tmp_path, deployment="pretrain/served")
+        up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
+        wait_until(lambda: up.get_state(run_id) == "CANCELLED", "it was not cancelled", deadline_s=60)
+        assert not list_processes(tmp_path, "--attempt_dir=")
+        assert is_committed(tmp_path), "the stop did not commit"
+    finally:
+        serving.terminate()
+        serving.wait(60)
 
 
 def test_a_cancel_while_a_candidate_is_scored_leaves_no_rank_and_the_next_night_goes_on_there(
@@ -99,7 +119,7 @@ def test_a_cancel_while_a_candidate_is_scored_leaves_no_rank_and_the_next_night_
     wait_until(is_scoring, "the candidate was not scored", deadline_s=300)
     up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
     wait_until(lambda: up.get_state(run_id) == "CANCELLED", "it was not cancelled", deadline_s=60)
-    assert find_ranks(tmp_path) == []
+    assert not list_processes(tmp_path, "--attempt_dir=")
     (failure,) = (tmp_path / "evaluations").glob("*/1/failure.json")
     assert "Stopped on request during the evaluation" in json.loads(failure.read_text())["message"]
 

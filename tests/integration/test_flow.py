@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from processes import find_ranks, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -63,14 +64,6 @@ class Run:
     returncode: int
     output: str
     errors: str
-
-
-def wait_until(condition: Callable[[], Any], message: str, *, deadline_s: float = 90) -> Any:
-    end = time.monotonic() + deadline_s
-    while not (found := condition()):
-        assert time.monotonic() < end, message
-        time.sleep(0.1)
-    return found
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -243,7 +236,12 @@ def test_the_same_again_is_skipped_and_fresh_is_not(
     assert [path.name for path in attempts.glob("stage1-*/[0-9]*")] == ["1"]
     fresh = run_internvl(server, copy, "--fresh")
     assert fresh.returncode == 0, fresh.output + fresh.errors
-    assert len(list(attempts.glob("stage1-*/[0-9]*"))) == 2
+    assert len(list(attempts.glob("stage1-*/[0-9]/"))) == 2
+    # What is skipped now is the fresh one, and so is its curve.
+    skipped = run_internvl(server, copy)
+    assert skipped.returncode == 0, skipped.output + skipped.errors
+    curves = {path.read_bytes() for path in attempts.glob("stage1-*/*-metrics.jsonl")}
+    assert curves == {path.read_bytes() for path in attempts.glob("stage1-*/[0-9]/metrics.jsonl")}
 
 
 @pytest.mark.fault(
@@ -296,21 +294,6 @@ def test_a_store_that_does_not_answer_ends_the_run_before_anything_is_trained(
     assert run.returncode == 69, run.output + run.errors
     assert run.errors.splitlines()[-1].startswith("StoreUnavailable: s3://bucket/runs cannot be used")
     assert not (tmp_path / "workspace/attempts").exists()
-
-
-def find_ranks(directory: Path) -> list[int]:
-    """Find the trainer's processes below a directory: not torchrun, not the supervisor."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                arguments = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            is_launcher = "torch.distributed.run" in arguments
-            if not is_launcher and any(item.startswith(f"--attempt_dir={directory}/") for item in arguments):
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.fault(

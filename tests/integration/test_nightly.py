@@ -1,6 +1,7 @@
 """Nights of a finetune: real training of a tiny model, a real registry, one store."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from webhook import serve_hook
 
 from flows.finetune_nightly import finetune_nightly
 from internvl_core.contract import CheckpointRef
+from internvl_core.errors import InternVLError, StoreUnavailable
 from tasks.hold_stage import hold_stage
 from tasks.model_registry import ModelRegistry
 from tasks.notify import VARIABLE
@@ -163,6 +165,30 @@ def test_a_recipe_without_a_gate_is_refused_and_the_hook_hears_of_it(
     (told,) = hook.received
     assert told["result"] == "failed"
     assert "stages.finetune: gate: missing." in told["text"]
+
+
+def test_a_workspace_that_cannot_be_made_is_one_line_for_the_hook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with serve_hook() as hook:
+        monkeypatch.setenv(VARIABLE, hook.url)
+        state = run_night(tmp_path / "file" / "runs")
+    (told,) = hook.received
+    assert "\n" not in told["text"]
+    assert re.search(r"workspace: \S+/runs cannot be made: Not a directory\. Name another one\.", str(state.message))
+
+
+@pytest.mark.parametrize("address", ["sqlite:////proc/none/mlflow.db", "ftp://127.0.0.1/mlflow"])
+def test_a_registry_that_cannot_be_opened_is_said_before_anything_is_trained(tmp_path: Path, address: str) -> None:
+    with pytest.raises(InternVLError, match=r"^MLflow at \S+, registered model digits: "):
+        ModelRegistry(address, MODEL).find_champion()
+
+
+def test_a_registry_that_is_no_database_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("nothing of the kind")
+    with pytest.raises(StoreUnavailable, match=r"file is not a database\. Start it, or correct tracking_uri\."):
+        ModelRegistry(f"sqlite:///{tmp_path}/mlflow.db", MODEL).find_champion()
 
 
 def test_a_registry_that_does_not_answer_is_said_before_anything_is_trained(tmp_path: Path) -> None:

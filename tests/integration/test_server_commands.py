@@ -14,18 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers_up import (
-    COMMAND,
-    QUICK,
-    Up,
-    find_ranks,
-    get_environment,
-    is_committed,
-    list_processes,
-    start_long_run,
-    start_up,
-    wait_until,
-)
+from processes import find_ranks, list_processes, wait_until
+from servers_up import COMMAND, QUICK, Up, get_environment, is_committed, start_long_run, start_up
 
 pytestmark = pytest.mark.integration
 
@@ -56,6 +46,16 @@ def read_states(directory: Path) -> dict[str, str]:
     """Read the runs' states, by their ids, from the database of a server that is gone."""
     with closing(sqlite3.connect(directory / "prefect" / "prefect.db")) as database:
         return dict(database.execute("SELECT id, state_type FROM flow_run").fetchall())
+
+
+def list_schedules(up: Up, deployment: str) -> list[tuple[str, bool, dict[str, str]]]:
+    schedules = up.get(deployment)["schedules"]
+    return sorted((each["schedule"]["cron"], each["active"], each["parameters"]) for each in schedules)
+
+
+def has_asked(up: Up, before: str) -> bool:
+    """Tell whether a worker has asked for runs since a time."""
+    return bool(up.get("work_pools/internvl/queues/default")["last_polled"] > before)
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +96,19 @@ def test_deploying_again_updates_what_is_there_but_not_what_somebody_set(up: Up)
     old = {"trigger": {**automation["trigger"], "within": 90}, "enabled": False}
     content = {name: value for name, value in {**automation, **old}.items() if name not in ("id", "created", "updated")}
     up.ask("PUT", f"automations/{automation['id']}", content).raise_for_status()
+    # One training a machine, whatever becomes of its worker.
+    assert up.get("work_pools/internvl")["concurrency_limit"] == 1
     up.patch("work_pools/internvl", concurrency_limit=7)
     nightly = up.get(NIGHTLY)
     (schedule,) = nightly["schedules"]
     path, own = f"deployments/{nightly['id']}", {"recipe": "smoke-nightly"}
-    up.patch(path, parameters={"model": "mine"})
+    up.patch(path, parameters={"model": "mine"}, paused=True)
     up.patch(f"{path}/schedules/{schedule['id']}", active=True, parameters=own)
+    # As the UI adds them, without a slug.
+    added = [{"active": True, "schedule": {"cron": f"0 {hour} * * *"}, "parameters": own} for hour in (5, 6)]
+    pretraining = f"deployments/{up.get('deployments/name/pretrain/pretrain')['id']}"
+    for each in (path, pretraining):
+        up.ask("POST", f"{each}/schedules", added).raise_for_status()
 
     def deploy(*options: str) -> set[str]:
         environment = get_environment(PREFECT_API_URL=up.api_url, PREFECT_HOME=str(up.directory / "deploying"))
@@ -115,10 +122,13 @@ def test_deploying_again_updates_what_is_there_but_not_what_somebody_set(up: Up)
     assert not updated["enabled"], "somebody had switched it off"
     assert deploy() == {"internvl"}
     assert up.get("work_pools/internvl")["concurrency_limit"] == 7
-    assert up.get(NIGHTLY)["parameters"] == {"model": "mine"}
-    (kept,) = up.get(NIGHTLY)["schedules"]
-    assert (kept["active"], kept["parameters"]) == (True, own)
-    up.patch(f"{path}/schedules/{kept['id']}", active=False)
+    found = up.get(NIGHTLY)
+    assert (found["parameters"], found["paused"]) == ({"model": "mine"}, True)
+    assert list_schedules(up, path) == [("0 5 * * *", True, own), ("0 6 * * *", True, own), ("30 3 * * *", True, own)]
+    assert list_schedules(up, pretraining) == [("0 5 * * *", True, own), ("0 6 * * *", True, own)]
+    for each in (path, pretraining):
+        for schedule in up.get(each)["schedules"]:
+            up.patch(f"{each}/schedules/{schedule['id']}", active=False)
     # An update would forget the heartbeats that the server has seen.
     assert up.post("automations/filter") == [updated]
 
@@ -139,7 +149,7 @@ def test_a_cancelled_run_saves_and_leaves_no_rank(up: Up, tmp_path: Path) -> Non
     up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
     wait_until(lambda: up.get_state(run_id) == "CANCELLED", "it was not cancelled", deadline_s=60)
     # Cancelled is said when the last process is gone, not before.
-    assert find_ranks(tmp_path) == []
+    assert not list_processes(tmp_path, "--attempt_dir=")
     assert is_committed(tmp_path), "the stop did not commit"
 
 
@@ -154,9 +164,16 @@ def test_a_run_outlives_its_server_and_its_worker_and_hears_of_a_cancel(up: Up, 
     # `up` starts another, which knows nothing of the run.
     wait_until(lambda: find_worker(up), "no other worker was started", deadline_s=30)
     assert find_ranks(tmp_path), "the run did not outlive its worker"
+    # And takes no second one onto its GPUs.
+    up.patch("work_pools/internvl", concurrency_limit=1)
+    queued = up.create_run("pretrain/pretrain", {"recipe": "nothing"}).json()["id"]
+    asked = up.get("work_pools/internvl/queues/default")["last_polled"]
+    wait_until(lambda: has_asked(up, asked), "the other worker does not ask for runs", deadline_s=60)
+    assert up.get_state(queued) == "SCHEDULED"
+    up.ask("DELETE", f"flow_runs/{queued}").raise_for_status()
     up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
     wait_until(lambda: up.get_state(run_id) == "CANCELLED", "it was not cancelled", deadline_s=90)
-    assert find_ranks(tmp_path) == []
+    assert not list_processes(tmp_path, "--attempt_dir=")
     assert is_committed(tmp_path), "the stop did not commit"
 
 

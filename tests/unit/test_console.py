@@ -1,11 +1,16 @@
 """What a person sees of Prefect's logs."""
 
 import logging
+from collections.abc import Iterator
+from typing import Any
 
+import prefect
 import pytest
+from api_server import ApiServer, serve_api
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.console import check_server, quiet_prefect, shorten_errors
-from internvl_core.errors import DataError
+from internvl_core.errors import ArgumentError, DataError
 
 FLOW_RUNS, TASK_RUNS = (logging.getLogger(f"prefect.{kind}_runs") for kind in ("flow", "task"))
 
@@ -95,6 +100,57 @@ def test_filters_are_added_once(screen: Screen) -> None:
     assert len(FLOW_RUNS.filters) == num_filters
 
 
-def test_without_a_server_in_the_settings_there_is_nothing_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    check_server()
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with serve_api() as server:
+        yield server
+
+
+def test_without_a_server_in_the_settings_nobody_is_asked(server: ApiServer) -> None:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        check_server()
+    assert server.asked == []
+
+
+def test_a_server_that_answers_is_enough(server: ApiServer) -> None:
+    server.answers = {"/api/health": (200, True), "/api/admin/version": (200, prefect.__version__)}
+    with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}):
+        check_server()
+    assert server.asked == ["GET /api/health", "GET /api/admin/version"]
+
+
+@pytest.mark.parametrize(
+    ("path", "answers", "problem"),
+    [
+        ("/api", {}, r"does not answer as a Prefect server \(Client error '404"),
+        ("", {"/health": (200, "page"), "/admin/version": (404, "")}, "does not answer as a Prefect server"),
+        (
+            "/api",
+            {"/api/health": (200, True), "/api/admin/version": (401, "")},
+            r"wants a password\. Set PREFECT_API_AUTH_STRING to user:password",
+        ),
+        (
+            "/api",
+            {"/api/health": (200, True), "/api/admin/version": (200, "1.0.0")},
+            r"does not .*incompatible versions",
+        ),
+    ],
+)
+def test_a_server_that_is_none_or_wants_a_password_is_said_in_one_line(
+    server: ApiServer, path: str, answers: dict[str, tuple[int, Any]], problem: str
+) -> None:
+    server.answers = answers
+    with (
+        temporary_settings({PREFECT_API_URL: f"{server.url}{path}"}),
+        pytest.raises(ArgumentError, match=rf"^PREFECT_API_URL: {server.url}{path} {problem}.*embedded one\.$"),
+    ):
+        check_server()
+
+
+def test_an_address_that_is_none_is_said_without_its_password() -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://me:secret@127.0.0.1:abc/api"}),
+        pytest.raises(ArgumentError, match=r"PREFECT_API_URL: http://127\.0\.0\.1:abc/api .*Invalid port") as caught,
+    ):
+        check_server()
+    assert "secret" not in str(caught.value)

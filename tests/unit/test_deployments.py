@@ -36,7 +36,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def api_url(tmp_path: Path) -> Iterator[str]:
-    """Serve nothing: whatever is asked for is not there."""
+    """Serve a version and nothing else: whatever is asked for is not there."""
+    (tmp_path / "api/admin").mkdir(parents=True)
+    (tmp_path / "api/admin/version").write_text('"3.8.8"')
     server = HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

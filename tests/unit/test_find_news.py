@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from internvl_core.checkpoint.manifest import CheckpointKind
+from internvl_core.checkpoint.store import Owner, StageStore
 from internvl_core.contract import CheckpointRef
 from tasks.find_news import News
 from tasks.find_news import find_news as find_news_of_recipe
@@ -32,6 +34,17 @@ def write_record(path: Path, question: str) -> None:
 def build_stage(folder: Path, **given: Any) -> Stage:
     arguments = {"conv_style": "internvl2_5", "meta_path": str(folder / "meta.json"), "max_steps": 4, **given}
     return Stage(name="finetune", entry="finetune", arguments=arguments)
+
+
+def commit(folder: Path, name: str) -> str:
+    """Commit a checkpoint; returns the URI of its stage."""
+    (folder / name).mkdir()
+    (folder / name / "weights").write_text(name)
+    store = StageStore(f"file://{folder}/store", name, "0" * 64)
+    lease = store.acquire(Owner.of_this_process("run"), choose_base=lambda _: None)
+    store.publish(folder / name, step=1, fence=lease.fence, kind=CheckpointKind.FINAL, parent=None, info={})
+    lease.release()
+    return store.uri
 
 
 def find_news(
@@ -71,6 +84,29 @@ def test_another_start_that_is_not_the_champion_is_new(folder: Path) -> None:
     assert find_news(build_stage(folder, **other), last, folder, follows=False).reason_to_skip is None
     given = CheckpointRef("file:///store/x", "1" * 64)
     assert find_news(build_stage(folder), last, folder, start_from=given, follows=False).reason_to_skip is None
+
+
+def test_a_start_that_a_stage_names_itself_counts(folder: Path) -> None:
+    first, second = (commit(folder, name) for name in ("first", "second"))
+
+    def build(start: str) -> Stage:
+        return build_stage(folder).model_copy(update={"start_from": start})
+
+    last = judge(folder, build(first), follows=False)
+    assert find_news(build(first), last, folder, follows=False).reason_to_skip is not None
+    assert find_news(build(second), last, folder, follows=False).reason_to_skip is None
+
+
+def test_a_start_that_a_later_stage_names_counts_even_where_the_champion_is_the_first_ones(folder: Path) -> None:
+    def look(start: str, last: Judged | None) -> News:
+        stages = [build_stage(folder, **MODEL), build_stage(folder).model_copy(update={"start_from": start})]
+        return find_news_of_recipe(stages, last, start_from=None, follows_champion=True, workspace=folder)
+
+    first, second = (commit(folder, name) for name in ("first", "second"))
+    last = Judged(look(first, None).inputs, version=7, time_s=0)
+    assert look(first, last).reason_to_skip is not None
+    assert look(second, last).reason_to_skip is None
+    assert look("previous", last).reason_to_skip is None
 
 
 def test_a_record_more_is_new(folder: Path) -> None:

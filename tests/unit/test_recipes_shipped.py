@@ -12,7 +12,7 @@ import pytest
 from flows import cli
 from flows.overrides import parse_overrides
 from flows.recipe import SHIPPED, Recipe, list_recipes, load_recipe
-from flows.stages import run_stages
+from flows.stages import run_recipe
 from internvl_core.argument_rules import fingerprint_arguments
 from internvl_core.errors import ArgumentError
 from tasks.stage import Stage
@@ -320,9 +320,8 @@ def test_the_overrides_of_the_refusal_make_the_same_stages_on_one_machine(name: 
 
 
 def test_a_flow_refuses_several_machines_before_it_makes_anything(tmp_path: Path) -> None:
-    recipe = load_recipe("internvl2_5-1b", {"workspace": str(tmp_path / "runs")})
     with pytest.raises(ArgumentError, match=r"^stages\.stage1: launcher\.nnodes is 64, "):
-        run_stages(recipe, is_fresh=False)
+        run_recipe("internvl2_5-1b", {"workspace": str(tmp_path / "runs")})
     assert not list(tmp_path.iterdir())
 
 
