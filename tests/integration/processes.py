@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], message: str | Callable[[], str], *, deadline_s: float = 60) -> Any:
+def wait_until(
+    condition: Callable[[], Any], message: str | Callable[[], str] = "it did not come true", *, deadline_s: float = 60
+) -> Any:
     """Look until a condition is true; returns what it came to."""
     end = time.monotonic() + deadline_s
     while not (found := condition()):

@@ -86,9 +86,9 @@ def test_parsing_does_not_import_deepspeed() -> None:
     ("items", "num_ranks", "wrapped", "num_groups"),
     [
         (["--deepspeed=zero1"], 1, "DeepSpeedEngine", 1),
-        (["--deepspeed=zero1", "--decay_all=False"], 1, "DeepSpeedEngine", 2),
+        pytest.param(["--deepspeed=zero1", "--decay_all=False"], 1, "DeepSpeedEngine", 2, marks=pytest.mark.slow),
         pytest.param(["--deepspeed=zero2"], 2, "DeepSpeedEngine", 1, marks=pytest.mark.slow),
-        (["--use_cpu=True"], 2, "DistributedDataParallel", 2),
+        pytest.param(["--use_cpu=True"], 2, "DistributedDataParallel", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_trainer_runs_with_prepared_arguments(

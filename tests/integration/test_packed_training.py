@@ -146,7 +146,7 @@ def one_step(packed: dict[str, Any], inputs: Inputs, tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize(
     ("reduction", "exponent", "is_deepspeed"),
-    [("square", 0.5, False), ("sample", 1.0, True)],
+    [pytest.param("square", 0.5, False, marks=pytest.mark.slow), ("sample", 1.0, True)],
 )
 def test_an_update_is_the_gradient_of_the_weighted_mean_over_all_ranks_and_accumulation_steps(
     one_step: dict[str, Any], reduction: str, exponent: float, is_deepspeed: bool, tmp_path: Path
@@ -301,6 +301,7 @@ def read_positions(*attempts: Attempt) -> dict[int, Any]:
     how="resumed so",
     then="the same packs in the same order",
 )
+@pytest.mark.slow
 def test_the_packs_of_each_step_are_the_same_on_two_ranks_on_one_and_on_two_again(
     everything: dict[str, Any], tmp_path: Path
 ) -> None:

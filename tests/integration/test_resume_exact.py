@@ -160,6 +160,7 @@ def check_exact(case: Case, inputs: Inputs, tmp_path: Path, *, num_kills: int) -
     how="SIGKILL behind a step, before its weights or before the commit; packed or padded, LoRA, DDP or ZeRO",
     then="every sample trained on once; losses, weights and optimizer state of an undisturbed run",
 )
+@pytest.mark.slow
 def test_a_stage_that_is_killed_trains_on_every_sample_once_and_ends_the_same(inputs: Inputs, tmp_path: Path) -> None:
     """One of the cases below, another each time."""
     seed = int(os.environ.get("CASE_SEED", time.time_ns() % 1_000_000))

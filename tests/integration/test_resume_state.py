@@ -97,14 +97,8 @@ def test_nothing_is_resumed_without_any_part_of_its_state(
     check_refused(undisturbed, arguments, name, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "*zero_pp_rank_1_mp_rank_00_optim_states.pt",
-        pytest.param("mp_rank_00_model_states.pt", marks=pytest.mark.slow),
-        pytest.param("latest", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["*zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt", "latest"])
 def test_nothing_is_resumed_without_a_part_of_deepspeeds_state(
     under_zero2: Attempt, arguments: dict[str, Any], name: str, tmp_path: Path
 ) -> None:

@@ -197,6 +197,7 @@ def test_deepspeed_resumes_to_the_same_weights(under_deepspeed: Attempt, tmp_pat
     assert [line["loss"] for line in resumed.curve] == [line["loss"] for line in under_deepspeed.curve]
 
 
+@pytest.mark.slow
 def test_deepspeed_resumes_on_another_number_of_ranks(under_deepspeed: Attempt, tmp_path: Path) -> None:
     forget_commits(under_deepspeed, tmp_path / "store", after_step=2)
     arguments = {**StageFile.get(under_deepspeed.directory).arguments, "gradient_accumulation_steps": 2}
@@ -209,6 +210,7 @@ def test_deepspeed_resumes_on_another_number_of_ranks(under_deepspeed: Attempt, 
     assert alone.result.counters == under_deepspeed.result.counters
 
 
+@pytest.mark.slow
 def test_ranks_and_accumulation_share_the_batch_without_changing_the_result(inputs: Inputs, tmp_path: Path) -> None:
     """One rank is a bare torchrun: no attempt directory, no store; weights stay in `output_dir`."""
     arguments = {
