@@ -194,7 +194,7 @@ def _track(
 def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any], attempts_dir: Path) -> TrainedStage:
     get_run_logger().info("%s: skipped, nothing it depends on has changed: %s", stage.name, checkpoint.uri)
     # A name of its own: the tracker goes on where it left a file, and a stage trained afresh has another curve.
-    metrics_path = attempts_dir / f"{checkpoint.digest[:16]}-{METRICS_FILE}"
+    metrics_path = attempts_dir / f"metrics-{checkpoint.digest[:16]}.jsonl"
     if not metrics_path.exists():
         new = metrics_path.with_suffix(".new")
         new.write_bytes(read_file(checkpoint, METRICS_FILE))

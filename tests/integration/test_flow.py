@@ -240,8 +240,7 @@ def test_the_same_again_is_skipped_and_fresh_is_not(
     # What is skipped now is the fresh one, and so is its curve.
     skipped = run_internvl(server, copy)
     assert skipped.returncode == 0, skipped.output + skipped.errors
-    curves = {path.read_bytes() for path in attempts.glob("stage1-*/*-metrics.jsonl")}
-    assert curves == {path.read_bytes() for path in attempts.glob("stage1-*/[0-9]/metrics.jsonl")}
+    assert len({path.read_bytes() for path in attempts.glob("stage1-*/metrics-*.jsonl")}) == 2
 
 
 @pytest.mark.fault(
