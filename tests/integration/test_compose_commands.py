@@ -246,6 +246,12 @@ def test_the_deployments_are_registered_with_their_pool(stack: Stack) -> None:
     assert "runs:/app/runs" in SERVICES["worker"]["volumes"]
 
 
+@pytest.mark.fault(
+    59,
+    "a worker is told to end while a stage trains",
+    how="SIGTERM, as docker stop",
+    then="its run saves and commits first",
+)
 def test_a_stop_of_the_worker_lets_its_training_save_and_commit(stack: Stack) -> None:
     def get_status() -> set[str]:
         return {worker["status"] for worker in stack.post("work_pools/internvl/workers/filter")}

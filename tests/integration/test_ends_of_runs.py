@@ -48,6 +48,12 @@ def count_attempts(workspace: Path) -> int:
     return len(list((workspace / "attempts").glob("stage1-*/*/metrics.jsonl")))
 
 
+@pytest.mark.fault(
+    63,
+    "the machine goes down while a stage trains",
+    how="SIGKILL of worker, flow, supervisor and ranks at once",
+    then="marked as Crashed by the server; the same recipe resumes from the newest commit",
+)
 def test_a_run_that_dies_with_its_machine_is_marked_as_crashed_and_resumed_by_the_same_recipe(
     up: Up, tmp_path: Path
 ) -> None:
@@ -98,6 +104,12 @@ def test_a_cancel_of_a_served_flow_commits_and_leaves_no_rank(up: Up, tmp_path: 
         serving.wait(60)
 
 
+@pytest.mark.fault(
+    60,
+    "a nightly finetune is cancelled while its candidate is scored",
+    how="Cancelling, as the UI sets it",
+    then="Cancelled when no rank is left; the next night scores it without training again",
+)
 def test_a_cancel_while_a_candidate_is_scored_leaves_no_rank_and_the_next_night_goes_on_there(
     up: Up, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def test_nights_promote_skip_compare_and_remove(
     assert run_night(workspace, steps=3, more=hopeless).name == "Skipped"
 
 
+@pytest.mark.fault(62, "a night begins while another is at work", how="the other holds the model", then="Skipped")
 def test_a_night_that_meets_another_is_skipped(workspace: Path) -> None:
     with hold_stage(workspace / "nightly" / MODEL, "another", patience_s=0):
         state = run_night(workspace)

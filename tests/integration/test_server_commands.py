@@ -139,6 +139,12 @@ def test_a_run_from_the_form_is_trained_and_recorded_in_mlflow(up: Up, tmp_path:
     assert "smoke" in [experiment["name"] for experiment in found.json()["experiments"]]
 
 
+@pytest.mark.fault(
+    60,
+    "a run is cancelled while it trains",
+    how="Cancelling, as the UI sets it",
+    then="commits; Cancelled when no rank is left",
+)
 def test_a_cancelled_run_saves_and_leaves_no_rank(up: Up, tmp_path: Path) -> None:
     run_id = start_long_run(up, tmp_path)
     up.post(f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
@@ -148,6 +154,18 @@ def test_a_cancelled_run_saves_and_leaves_no_rank(up: Up, tmp_path: Path) -> Non
     assert is_committed(tmp_path), "the stop did not commit"
 
 
+@pytest.mark.fault(
+    55,
+    "the Prefect server dies while a stage trains",
+    how="SIGKILL; another one on its database",
+    then="training goes on, and hears of a cancel",
+)
+@pytest.mark.fault(
+    58,
+    "the worker dies while a stage trains",
+    how="SIGKILL; another one is started",
+    then="training goes on and hears of a cancel; the other worker begins no second run",
+)
 def test_a_run_outlives_its_server_and_its_worker_and_hears_of_a_cancel(up: Up, tmp_path: Path) -> None:
     run_id = start_long_run(up, tmp_path)
     kill(find_process(up, "prefect server start"))
