@@ -27,10 +27,10 @@ class LiveRuns:
 
     def cancel(self) -> list[str]:
         """Ask each that is not asked yet to stop, which saves and commits first; return the names of all of them."""
-        begun = self._list_begun()
+        begun = self.list_begun()
         for run in begun:
             if run["state_type"] != "CANCELLING":
-                self._api.send("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+                self.set_state(run["id"], "CANCELLING", "internvl up ends.")
         return [run["name"] for run in begun]
 
     def wait(self, give_up: Callable[[], bool]) -> bool:
@@ -41,7 +41,13 @@ class LiveRuns:
             time.sleep(_POLL_S)
         return True
 
-    def _list_begun(self) -> list[dict[str, Any]]:
+    def set_state(self, run_id: str, state: str, message: str) -> None:
+        """Propose a state; the server leaves a run that has ended meanwhile as it is, which is no error."""
+        content = {"state": {"type": state, "message": message}}
+        self._api.send("POST", f"flow_runs/{run_id}/set_state", content)
+
+    def list_begun(self) -> list[dict[str, Any]]:
+        """List the runs that have begun and not ended."""
         wanted = {
             "work_pools": {"name": {"any_": [self._pool]}},
             "flow_runs": {"state": {"type": {"any_": _BEGUN}}},

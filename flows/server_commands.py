@@ -1,5 +1,6 @@
 """`internvl up`, `internvl deploy`: servers of one's own, and our flows on a Prefect server."""
 
+import itertools
 import os
 import signal
 import time
@@ -24,9 +25,12 @@ from flows.local_services import (
     describe_worker,
     hold_directory,
 )
+from flows.lost_runs import LostRuns
 from internvl_core.errors import ArgumentError, InternVLError
 
 _POLL_S = 0.5
+_LOOKS_A_SEARCH = 20
+"""For lost runs."""
 
 
 def up(
@@ -92,12 +96,24 @@ def _serve(
         _tell(f"Deployed    {', '.join(deployed)}")
         _tell(f"Command     PREFECT_API_URL={api_url} internvl run ...    shows up there too")
         _tell("Ctrl-C stops all of it.")
-        while count() == 0:
+        lost = LostRuns(runs)
+        for look in itertools.count():
+            if count() > 0:
+                break
             for line in services.revive():
                 _tell(line, err=True)
+            if look % _LOOKS_A_SEARCH == 0:
+                _mark_lost(lost)
             time.sleep(_POLL_S)
     finally:
         _stop_runs(runs, count)
+
+
+def _mark_lost(lost: LostRuns) -> None:
+    # A server that is just started again does not answer yet.
+    with suppress(InternVLError):
+        for name in lost.mark():
+            _tell(f"{name}: its process is gone. Run it again, and it resumes.", err=True)
 
 
 def deploy(

@@ -57,14 +57,16 @@ def is_committed(workspace: Path) -> bool:
     return any((workspace / "store").glob("stage1-*/commits/*.json"))
 
 
-def start_long_run(up: Up, workspace: Path, deployment: str = "pretrain/pretrain") -> str:
-    """Start a run that would go on for hours, and wait until it trains."""
-    overrides = {
-        "workspace": str(workspace),
-        "stages.stage1.arguments.max_steps": 100_000,
-        "stages.stage1.arguments.logging_steps": 1,
-    }
-    run_id = str(up.create_run(deployment, {**QUICK, "overrides": overrides}).json()["id"])
+def describe_long_run(workspace: Path, **arguments: Any) -> dict[str, Any]:
+    """Give the parameters of a run of one stage that would go on for hours."""
+    given = {"max_steps": 100_000, "logging_steps": 1, **arguments}
+    overrides = {f"stages.stage1.arguments.{name}": value for name, value in given.items()}
+    return {**QUICK, "overrides": {"workspace": str(workspace), **overrides}}
+
+
+def start_long_run(up: Up, workspace: Path, deployment: str = "pretrain/pretrain", **arguments: Any) -> str:
+    """Start such a run, and wait until it trains."""
+    run_id = str(up.create_run(deployment, describe_long_run(workspace, **arguments)).json()["id"])
     wait_for_training(workspace)
     assert up.get_state(run_id) == "RUNNING"
     return run_id

@@ -5,17 +5,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import list_processes, wait_until
-from servers_up import QUICK, Up, get_environment, is_committed, start_long_run, start_up
+from servers_up import (
+    COMMAND,
+    Up,
+    describe_long_run,
+    get_environment,
+    is_committed,
+    start_long_run,
+    start_up,
+    wait_for_training,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
+SAVES = {"save_strategy": "steps", "save_steps": 20}
 SERVED = {"name": {"any_": ["served"]}}
 HEARTBEAT_S = 30
 """The shortest that Prefect takes; the default is 180."""
@@ -43,48 +52,64 @@ def count_heartbeats(up: Up, run_id: str) -> int:
     return int(up.post("events/filter", filter=wanted)["total"])
 
 
-def count_attempts(workspace: Path) -> int:
-    """Count the attempts that came to train."""
-    return len(list((workspace / "attempts").glob("stage1-*/*/metrics.jsonl")))
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.fault(
     63,
     "the machine goes down while a stage trains",
     how="SIGKILL of worker, flow, supervisor and ranks at once",
-    then="marked as Crashed by the server; the same recipe resumes from the newest commit",
+    then="internvl up marks the run as Crashed; the same recipe resumes from the newest commit",
 )
 def test_a_run_that_dies_with_its_machine_is_marked_as_crashed_and_resumed_by_the_same_recipe(
     up: Up, tmp_path: Path
 ) -> None:
-    shorten_the_watch(up)
-    overrides = {
-        "workspace": str(tmp_path),
-        "stages.stage1.arguments.max_steps": 100_000,
-        "stages.stage1.arguments.logging_steps": 1,
-        "stages.stage1.arguments.save_strategy": "steps",
-        "stages.stage1.arguments.save_steps": 20,
-    }
-    given: dict[str, Any] = {**QUICK, "overrides": overrides}
-    heartbeats = {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S)}}
-    run_id = up.create_run("pretrain/pretrain", given, job_variables=heartbeats).json()["id"]
-    wait_until(lambda: is_committed(tmp_path), "nothing was committed", deadline_s=240)
-    wait_until(lambda: count_heartbeats(up, run_id) == 5, "no heartbeats", deadline_s=6 * HEARTBEAT_S)
-    assert up.get_state(run_id) == "RUNNING", "a run that lives was marked"
-
+    run_id = start_long_run(up, tmp_path, **SAVES)
+    wait_until(lambda: is_committed(tmp_path), "nothing was committed")
     # The worker first: it would mark the run itself.
-    for pid in [*list_processes(up.directory, "prefect worker start"), *list_processes(run_id)]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: up.get_state(run_id) == "CRASHED", "it was not marked", deadline_s=6 * HEARTBEAT_S)
-    assert up.get(f"flow_runs/{run_id}")["state"]["message"] == "Its process is gone: no heartbeat."
+    kill([*list_processes(up.directory, "prefect worker start"), *list_processes(run_id)])
+    wait_until(lambda: up.get_state(run_id) == "CRASHED", "it was not marked")
+    assert up.get(f"flow_runs/{run_id}")["state"]["message"] == "Its process is gone."
 
-    again = up.create_run("pretrain/pretrain", given).json()["id"]
-    wait_until(lambda: count_attempts(tmp_path) == 2, "it was not taken up again", deadline_s=240)
-    (log,) = (tmp_path / "attempts").glob("stage1-*/2/trainer.log")
-    assert "Resuming from step" in log.read_text()
+    def has_resumed() -> bool:
+        logs = (tmp_path / "attempts").glob("stage1-*/2/trainer.log")
+        return any("Resuming from step" in path.read_text() for path in logs)
+
+    again = up.create_run("pretrain/pretrain", describe_long_run(tmp_path, **SAVES)).json()["id"]
+    wait_until(has_resumed, "it did not resume", deadline_s=120)
     up.post(f"flow_runs/{again}/set_state", state={"type": "CANCELLING"})
-    wait_until(lambda: up.get_state(again) == "CANCELLED", "it was not cancelled", deadline_s=60)
+    wait_until(lambda: up.get_state(again) == "CANCELLED", "it was not cancelled")
+
+
+@pytest.mark.fault(
+    63,
+    "the machine of a run that nobody else looks after goes down",
+    how="SIGKILL of internvl run, supervisor and ranks at once",
+    then="the server marks it as Crashed when three heartbeats are missing, and not before",
+)
+def test_a_run_whose_heartbeats_end_is_marked_as_crashed(up: Up, tmp_path: Path) -> None:
+    shorten_the_watch(up)
+    environment = get_environment(
+        PREFECT_API_URL=up.api_url,
+        PREFECT_HOME=str(tmp_path / "prefect"),
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(HEARTBEAT_S),
+    )
+    settings = {"workspace": tmp_path, "stages.stage1.arguments.max_steps": 100_000}
+    chosen = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
+    command = [*COMMAND, "run", "smoke", "--stage=stage1", *chosen]
+    with (tmp_path / "run.log").open("wb") as log:
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    wait_for_training(tmp_path)
+    (run,) = up.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
+    wait_until(lambda: count_heartbeats(up, run["id"]) == 5, "no heartbeats", deadline_s=6 * HEARTBEAT_S)
+    assert up.get_state(run["id"]) == "RUNNING", "a run that lives was marked"
+    kill([running.pid, *list_processes(tmp_path)])
+    running.wait()
+    wait_until(lambda: up.get_state(run["id"]) == "CRASHED", "it was not marked", deadline_s=6 * HEARTBEAT_S)
+    assert up.get(f"flow_runs/{run['id']}")["state"]["message"] == "Its process is gone: no heartbeat."
 
 
 def test_a_cancel_of_a_served_flow_commits_and_leaves_no_rank(up: Up, tmp_path: Path) -> None:

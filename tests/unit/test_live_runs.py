@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 
 from flows.live_runs import LiveRuns
 from flows.local_services import count_signals
+from flows.lost_runs import LostRuns
 from flows.server_commands import _stop_runs
 from internvl_core.errors import ArgumentError, InternVLError
 
@@ -48,7 +50,8 @@ class FakeServer:
             return found
         run = path.removeprefix("/api/flow_runs/").removesuffix("/set_state")
         self.asked.append(run)
-        self.states[run] = "CANCELLED" if self.ends_when_asked else content["state"]["type"]
+        state = content["state"]["type"]
+        self.states[run] = "CANCELLED" if state == "CANCELLING" and self.ends_when_asked else state
         return {"status": "ACCEPT"}
 
 
@@ -125,6 +128,46 @@ def test_a_server_with_a_password_says_which_variable_it_goes_into(server: FakeS
     server.wants_password = True
     with pytest.raises(ArgumentError, match=r"wants a password: set PREFECT_API_AUTH_STRING to user:password\.$"):
         LiveRuns(server.url, "gpus").hold_queue()
+
+
+@pytest.fixture
+def live_flow() -> Iterator[str]:
+    """A process of a flow run; yields the run's id."""
+    run_id = f"live-{os.getpid()}"
+    with subprocess.Popen(["sleep", "60"], env={"PREFECT__FLOW_RUN_ID": run_id}) as process:
+        yield run_id
+        process.kill()
+
+
+def test_a_run_without_a_process_is_marked_at_the_second_look(
+    server: FakeServer, runs: LiveRuns, live_flow: str
+) -> None:
+    begun = {live_flow: "RUNNING", "gone": "RUNNING", "unborn": "PENDING", "stopped": "CANCELLING"}
+    server.states = {**begun, "queued": "SCHEDULED", "done": "COMPLETED"}
+    lost = LostRuns(runs)
+    assert lost.mark() == []
+    assert server.asked == []
+    server.states["late"] = "PENDING"
+    assert lost.mark() == ["name of gone", "name of unborn", "name of stopped"]
+    assert server.states == {
+        live_flow: "RUNNING",
+        "gone": "CRASHED",
+        "unborn": "CRASHED",
+        "stopped": "CANCELLED",
+        "queued": "SCHEDULED",
+        "done": "COMPLETED",
+        "late": "PENDING",
+    }
+    assert lost.mark() == ["name of late"]
+
+
+def test_a_run_that_was_missing_once_is_given_another_look(server: FakeServer, runs: LiveRuns, live_flow: str) -> None:
+    server.states = {"ends": "RUNNING"}
+    lost = LostRuns(runs)
+    lost.mark()
+    server.states = {"ends": "COMPLETED", live_flow: "RUNNING"}
+    assert lost.mark() == []
+    assert server.asked == []
 
 
 def test_the_end_of_up_pauses_the_pool_before_it_cancels(
