@@ -77,8 +77,6 @@ def run(
     if home := os.environ.get("PREFECT_HOME"):
         # Prefect makes the last folder of the path only, and then has no place for its database.
         Path(home).expanduser().mkdir(parents=True, exist_ok=True)
-    from prefect.exceptions import CancelledRun
-
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
@@ -87,12 +85,12 @@ def run(
     quiet_prefect()
     check_server()
     flow = pretrain if loaded.flow == "pretrain" else finetune
-    try:
-        result = flow(recipe, stages=stages, overrides=overrides, is_fresh=fresh)
-    except CancelledRun as cancelled:
-        if str(cancelled) == INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise Preempted("The run was cancelled; it goes on where it is run again.") from None
+    state = flow(recipe, stages=stages, overrides=overrides, is_fresh=fresh, return_state=True)
+    if state.name == INTERRUPTED:
+        raise KeyboardInterrupt
+    if state.is_cancelled():
+        raise Preempted("The run was cancelled; it goes on where it is run again.")
+    result = state.result()
     assert isinstance(result, RecipeResult)
     _print_result(result)
 

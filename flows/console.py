@@ -66,7 +66,7 @@ def check_server() -> None:
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
         problem = f"wants a password. Set {AUTH_VARIABLE} to user:password"
     else:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = hide_password(str(error).partition("\n")[0]).rstrip(".")
         problem = f"does not answer as a Prefect server ({reason}). Start it, correct the address, which ends in /api"
     raise ArgumentError(
         hide_password(f"PREFECT_API_URL: {url} ") + f"{problem}, or unset PREFECT_API_URL to run on the embedded one."

@@ -27,19 +27,17 @@ def register(
     *,
     api_url: str,
     pool: str,
-    max_runs: int | None = None,
     environment: Mapping[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Register all of it on a server; what is there is updated, but not the settings of the pool.
 
-    What somebody set of deployments on the server stays, unless the file is one's own.
+    Schedules, parameters and pauses of deployments that somebody set on the server stay, unless the file is one's own.
 
     Args:
         file: the deployments; its flows are looked for from the folder above its own.
         api_url: of the server, ending in /api.
         pool: its workers train.
-        max_runs: so many runs of the pool at once, if it is made now; None: each worker knows for itself.
         environment: with Prefect's settings; None: this process's.
         check: called now and then; what it raises ends the registering.
 
@@ -59,14 +57,15 @@ def register(
     # Not `create --overwrite`: it would undo what somebody has set.
     if api.find(f"work_pools/{pool}") is None:
         server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", "process")
-        if max_runs is not None:
-            api.send("PATCH", f"work_pools/{pool}", {"concurrency_limit": max_runs})
     deploy = ("prefect", "--no-prompt", "deploy", "--prefect-file", str(file.resolve()), "--all")
     # A file of somebody's own says what he wants.
     kept = KeptSettings(api) if file.resolve() == DEFAULT_FILE.resolve() else None
-    output = server.run(*deploy, directory=file.resolve().parents[1])
-    if kept is not None:
-        kept.restore()
+    try:
+        output = server.run(*deploy, directory=file.resolve().parents[1])
+    finally:
+        # One that is cut has changed some of it, and the next would take that for what was set.
+        if kept is not None:
+            kept.restore()
     server.run("flows.dead_runs")
     return sorted(set(_find_deployed(output)))
 

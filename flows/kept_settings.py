@@ -10,11 +10,11 @@ from typing import Any
 from flows.prefect_api import PrefectApi
 
 _OF_DEPLOYMENT = ("parameters", "paused")
-_OF_SCHEDULE = ("active", "schedule", "parameters")
+_OF_SCHEDULE = ("active", "schedule", "parameters", "max_scheduled_runs")
 
 
 class KeptSettings:
-    """Settings and schedules of all deployments of a server, as they were at a time."""
+    """Schedules, parameters and pauses of all deployments of a server, as they were at a time."""
 
     def __init__(self, api: PrefectApi) -> None:
         """Read them.

@@ -8,6 +8,7 @@ from flows.prefect_api import PrefectApi
 
 _BEGUN = ["RUNNING", "PENDING", "CANCELLING"]
 _POLL_S = 0.5
+_LOOK_S = 5.0
 
 
 class LiveRuns:
@@ -33,11 +34,20 @@ class LiveRuns:
                 self.set_state(run["id"], "CANCELLING", "internvl up ends.")
         return [run["name"] for run in begun]
 
-    def wait(self, give_up: Callable[[], bool]) -> bool:
-        """Cancel until none is left, for a worker may have taken one just before the pause; say whether that came."""
+    def wait(self, give_up: Callable[[], bool], *, look: Callable[[], None] = lambda: None) -> bool:
+        """Cancel until none is left, for a worker may have taken one just before the pause; say whether that came.
+
+        Args:
+            give_up: asked at each look.
+            look: called every few seconds, to see to those that nobody else ends.
+        """
+        next_look = 0.0
         while self.cancel():
             if give_up():
                 return False
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_S
+                look()
             time.sleep(_POLL_S)
         return True
 

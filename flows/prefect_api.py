@@ -1,10 +1,9 @@
 """The API of a Prefect server, asked without importing Prefect, which takes seconds."""
 
-import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -12,7 +11,7 @@ from internvl_core.errors import ArgumentError, InternVLError
 from tasks.address import hide_password
 
 AUTH_VARIABLE = "PREFECT_API_AUTH_STRING"
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_LOOPBACK = re.compile(r"https?://([^/@]*@)?(127\.0\.0\.1|localhost|\[::1\])[:/]")
 _WAITS_S = (0.2, 0.5, 1.0, 2.0)
 """Before further tries."""
 _TIMEOUT_S = 30
@@ -35,7 +34,7 @@ class PrefectApi:
         user, separator, password = (environment or {}).get(AUTH_VARIABLE, "").partition(":")
         self._auth = (user, password) if separator else None
         # A proxy is for the world outside.
-        self._heeds_proxies = urlsplit(api_url).hostname not in _LOOPBACK
+        self._heeds_proxies = not _LOOPBACK.match(api_url)
 
     def check(self) -> None:
         """Raise ArgumentError if what answers there is no Prefect server's API."""
@@ -97,6 +96,6 @@ class PrefectApi:
 def _is_json(answer: httpx.Response) -> bool:
     try:
         answer.json()
-    except json.JSONDecodeError:
+    except ValueError:
         return False
     return True

@@ -1,6 +1,5 @@
 """`internvl up`, `internvl deploy`: servers of one's own, and our flows on a Prefect server."""
 
-import itertools
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flows.deployments import DEFAULT_FILE, register
+from flows.left_runs import LeftRuns
 from flows.live_runs import LiveRuns
 from flows.local_services import (
     HOST,
@@ -25,12 +25,11 @@ from flows.local_services import (
     describe_worker,
     hold_directory,
 )
-from flows.lost_runs import LostRuns
 from internvl_core.errors import ArgumentError, InternVLError
 
 _POLL_S = 0.5
-_LOOKS_A_SEARCH = 20
-"""For lost runs."""
+_LOST_POLL_S = 10.0
+_LEFT_POLL_S = 2.0
 
 
 def up(
@@ -84,11 +83,11 @@ def _serve(
     services.start(mlflow)
     services.wait_for(prefect, check=check)
     environment = build_environment(worker.environment)
-    # Of the pool: a worker that is started again does not know of a run that the killed one has left.
-    deployed = register(file, api_url=api_url, pool=POOL, max_runs=1, environment=environment, check=check)
+    deployed = register(file, api_url=api_url, pool=POOL, environment=environment, check=check)
     services.wait_for(mlflow, check=check)
     runs = LiveRuns(api_url, POOL)
-    runs.release_queue()
+    left = LeftRuns(runs)
+    left.keep_queue()
     try:
         services.start(worker)
         _tell(f"Prefect     {prefect_url}/v2/deployments")
@@ -96,24 +95,34 @@ def _serve(
         _tell(f"Deployed    {', '.join(deployed)}")
         _tell(f"Command     PREFECT_API_URL={api_url} internvl run ...    shows up there too")
         _tell("Ctrl-C stops all of it.")
-        lost = LostRuns(runs)
-        for look in itertools.count():
-            if count() > 0:
-                break
-            for line in services.revive():
-                _tell(line, err=True)
-            if look % _LOOKS_A_SEARCH == 0:
-                _mark_lost(lost)
-            time.sleep(_POLL_S)
+        _watch(services, left, count)
     finally:
-        _stop_runs(runs, count)
+        _stop_runs(runs, left, count)
 
 
-def _mark_lost(lost: LostRuns) -> None:
-    # A server that is just started again does not answer yet.
-    with suppress(InternVLError):
-        for name in lost.mark():
-            _tell(f"{name}: its process is gone. Run it again, and it resumes.", err=True)
+def _watch(services: LocalServices, left: LeftRuns, count: Callable[[], int]) -> None:
+    """Start again what ends, and look after the runs that a worker has left, until a signal."""
+    next_look = 0.0
+    while count() == 0:
+        revived = services.revive()
+        for line in revived:
+            _tell(line, err=True)
+        if revived:
+            left.may_be_there = True
+        now = time.monotonic()
+        if revived or now >= next_look:
+            next_look = now + (_LEFT_POLL_S if left.may_be_there else _LOST_POLL_S)
+            # A server that is just started again does not answer yet.
+            with suppress(InternVLError):
+                if left.may_be_there:
+                    left.keep_queue()
+                _mark_lost(left)
+        time.sleep(_POLL_S)
+
+
+def _mark_lost(left: LeftRuns) -> None:
+    for name in left.mark_lost():
+        _tell(f"{name}: its process is gone. Run it again, and it resumes.", err=True)
 
 
 def deploy(
@@ -132,7 +141,7 @@ def deploy(
     typer.echo(f"Start a worker on the machine that trains: prefect worker start --pool {pool} --limit 1")
 
 
-def _stop_runs(runs: LiveRuns, count: Callable[[], int]) -> None:
+def _stop_runs(runs: LiveRuns, left: LeftRuns, count: Callable[[], int]) -> None:
     """Have the runs of the pool save and end, while their server and worker are still there; Ctrl-C again: leave it.
 
     What is queued stays so, for the next `up`.
@@ -144,7 +153,7 @@ def _stop_runs(runs: LiveRuns, count: Callable[[], int]) -> None:
         names = runs.cancel()
         if names:
             _tell(f"Stopping {', '.join(names)}: it saves first. Ctrl-C again does not wait for it.")
-            runs.wait(lambda: count() > told)
+            runs.wait(lambda: count() > told, look=lambda: _mark_lost(left))
     except InternVLError as error:
         _tell(f"Runs are not waited for, and save when the worker ends: {error}", err=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run as running_flow
 from prefect.states import Cancelled
 
@@ -34,8 +35,8 @@ from tasks.write_report import write_report
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = "Ctrl-C. It goes on where it is run again."
-"""Message of the state of a run that a person stopped at its own terminal."""
+INTERRUPTED = "Interrupted"
+"""Name of the state, a cancelled one, of a run that a person stopped at its own terminal."""
 
 _MAX_RETRIES = 100_000
 """Prefect wants a number; `StageTries` counts those that bring nothing."""
@@ -80,14 +81,14 @@ def run_recipe(
     """
     # Here and not only in the command: a worker runs the flow without it.
     shorten_errors()
-    recipe = load_recipe(source, given, only_stages=only_stages)
     try:
+        recipe = load_recipe(source, given, only_stages=only_stages)
         data = check_recipe(recipe)
         return train_stages(recipe, data, only_stages=only_stages, is_fresh=is_fresh)
     except RunCancelled as cancelled:
         return Cancelled(message=str(cancelled))
     except KeyboardInterrupt:
-        return Cancelled(message=INTERRUPTED)
+        return Cancelled(name=INTERRUPTED, message="Ctrl-C. It goes on where it is run again.")
 
 
 def check_recipe(recipe: Recipe) -> list[MetaReport]:
@@ -182,19 +183,28 @@ def _track(recipe: Recipe) -> Iterator[RunTracker]:
 @contextmanager
 def _report(result: RecipeResult, tracker: RunTracker) -> Iterator[None]:
     """Report what is trained at the end, and after an error too: a report that fails must not hide it."""
+    has_time = True
     try:
         yield
+    except TerminationSignal:
+        # A worker kills the flow 30 s after it, and the save has had most of them. The next run writes the page.
+        has_time = False
+        raise
     finally:
         if result.trained:
             recipe = result.recipe
             links = {"Store": recipe.store, "MLflow": tracker.address}
-            path = recipe.directory / "report.html"
-            try:
-                result.report_path = _write_report(result, path, links)
-                tracker.add_file(path)
-            except Exception as error:  # noqa: BLE001  whatever is wrong with a page: the stages are trained
-                logger.warning("%s: the report could not be written: %s: %s", path, type(error).__name__, error)
+            if has_time:
+                _keep_report(result, tracker, recipe.directory / "report.html", links)
             show_stages(recipe.name, result.trained, links=links)
+
+
+def _keep_report(result: RecipeResult, tracker: RunTracker, path: Path, links: dict[str, str]) -> None:
+    try:
+        result.report_path = _write_report(result, path, links)
+        tracker.add_file(path)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with a page: the stages are trained
+        logger.warning("%s: the report could not be written: %s: %s", path, type(error).__name__, error)
 
 
 def _write_report(result: RecipeResult, path: Path, links: dict[str, str]) -> Path:

@@ -1,5 +1,6 @@
 """Train one stage: skip it if it is finished, resume it if it is begun, else start it."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,9 +197,9 @@ def _find_trained(stage: Stage, checkpoint: CheckpointRef, result: dict[str, Any
     # A name of its own: the tracker goes on where it left a file, and a stage trained afresh has another curve.
     metrics_path = attempts_dir / f"metrics-{checkpoint.digest[:16]}.jsonl"
     if not metrics_path.exists():
-        new = metrics_path.with_suffix(".new")
+        new = metrics_path.with_suffix(f".{os.getpid()}.new")
         new.write_bytes(read_file(checkpoint, METRICS_FILE))
-        new.rename(metrics_path)
+        new.replace(metrics_path)
     stage_result = StageResult.from_json({**result, "checkpoint": asdict(checkpoint)})
     return TrainedStage(stage.name, stage_result, is_skipped=True, metrics_path=metrics_path)
 

@@ -36,12 +36,16 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield started
 
 
-def shorten_the_watch(up: Up) -> None:
+@pytest.fixture
+def short_watch(up: Up) -> Iterator[None]:
     """Have the server miss runs with HEARTBEAT_S after three of them, as it does with the default."""
     (automation,) = up.post("automations/filter")
-    shorter = {"trigger": {**automation["trigger"], "within": 3 * HEARTBEAT_S}}
+    path = f"automations/{automation['id']}"
     content = {name: value for name, value in automation.items() if name not in ("id", "created", "updated")}
-    up.ask("PUT", f"automations/{automation['id']}", {**content, **shorter}).raise_for_status()
+    shorter = {"trigger": {**automation["trigger"], "within": 3 * HEARTBEAT_S}}
+    up.ask("PUT", path, {**content, **shorter}).raise_for_status()
+    yield
+    up.ask("PUT", path, content).raise_for_status()
 
 
 def count_heartbeats(up: Up, run_id: str) -> int:
@@ -90,8 +94,8 @@ def test_a_run_that_dies_with_its_machine_is_marked_as_crashed_and_resumed_by_th
     how="SIGKILL of internvl run, supervisor and ranks at once",
     then="the server marks it as Crashed when three heartbeats are missing, and not before",
 )
+@pytest.mark.usefixtures("short_watch")
 def test_a_run_whose_heartbeats_end_is_marked_as_crashed(up: Up, tmp_path: Path) -> None:
-    shorten_the_watch(up)
     environment = get_environment(
         PREFECT_API_URL=up.api_url,
         PREFECT_HOME=str(tmp_path / "prefect"),
@@ -102,12 +106,14 @@ def test_a_run_whose_heartbeats_end_is_marked_as_crashed(up: Up, tmp_path: Path)
     command = [*COMMAND, "run", "smoke", "--stage=stage1", *chosen]
     with (tmp_path / "run.log").open("wb") as log:
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    wait_for_training(tmp_path)
-    (run,) = up.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
-    wait_until(lambda: count_heartbeats(up, run["id"]) == 5, "no heartbeats", deadline_s=6 * HEARTBEAT_S)
-    assert up.get_state(run["id"]) == "RUNNING", "a run that lives was marked"
-    kill([running.pid, *list_processes(tmp_path)])
-    running.wait()
+    try:
+        wait_for_training(tmp_path)
+        (run,) = up.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}})
+        wait_until(lambda: count_heartbeats(up, run["id"]) == 5, "no heartbeats", deadline_s=6 * HEARTBEAT_S)
+        assert up.get_state(run["id"]) == "RUNNING", "a run that lives was marked"
+    finally:
+        kill([running.pid, *list_processes(tmp_path)])
+        running.wait()
     wait_until(lambda: up.get_state(run["id"]) == "CRASHED", "it was not marked", deadline_s=6 * HEARTBEAT_S)
     assert up.get(f"flow_runs/{run['id']}")["state"]["message"] == "Its process is gone: no heartbeat."
 

@@ -168,20 +168,28 @@ def test_a_recipe_without_a_gate_is_refused_and_the_hook_hears_of_it(
     assert "stages.finetune: gate: missing." in told["text"]
 
 
-def test_a_workspace_that_cannot_be_made_is_one_line_for_the_hook(
+def test_the_hook_hears_of_the_first_of_many_problems_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
+    wrong = {"stages.finetune.arguments.learning_rate": "much", "stages.finetune.arguments.max_stepz": 1}
     with serve_hook() as hook:
         monkeypatch.setenv(VARIABLE, hook.url)
-        state = run_night(tmp_path / "file" / "runs")
+        state = run_night(tmp_path, more=wrong)
+    first, *others = str(state.message).splitlines()
+    assert others
     (told,) = hook.received
     assert "\n" not in told["text"]
+    assert told["text"].rpartition("failed: ")[2] in first
+
+
+def test_a_workspace_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    state = run_night(tmp_path / "file" / "runs")
     assert re.search(r"workspace: \S+/runs cannot be made: Not a directory\. Name another one\.", str(state.message))
 
 
 @pytest.mark.parametrize("address", ["sqlite:////proc/none/mlflow.db", "ftp://127.0.0.1/mlflow"])
-def test_a_registry_that_cannot_be_opened_is_said_before_anything_is_trained(tmp_path: Path, address: str) -> None:
+def test_a_registry_that_cannot_be_opened_is_said(address: str) -> None:
     with pytest.raises(InternVLError, match=r"^MLflow at \S+, registered model digits: "):
         ModelRegistry(address, MODEL).find_champion()
 

@@ -141,11 +141,15 @@ def test_a_server_that_is_none_or_wants_a_password_is_said_in_one_line(
     server: ApiServer, path: str, answers: dict[str, tuple[int, Any]], problem: str
 ) -> None:
     server.answers = answers
+    address = server.url.replace("//", "//me:secret@")
     with (
-        temporary_settings({PREFECT_API_URL: f"{server.url}{path}"}),
-        pytest.raises(ArgumentError, match=rf"^PREFECT_API_URL: {server.url}{path} {problem}.*embedded one\.$"),
+        temporary_settings({PREFECT_API_URL: f"{address}{path}"}),
+        pytest.raises(
+            ArgumentError, match=rf"^PREFECT_API_URL: {server.url}{path} {problem}.*embedded one\.$"
+        ) as caught,
     ):
         check_server()
+    assert "secret" not in str(caught.value)
 
 
 def test_an_address_that_is_none_is_said_without_its_password() -> None:

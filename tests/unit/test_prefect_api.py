@@ -54,7 +54,7 @@ def test_a_wanted_password_is_said(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:1/api", "http://127.0.0.1:abc/api", "127.0.0.1/api", "ftp://a/api"]
+    "address", ["http://127.0.0.1:1/api", "http://127.0.0.1:abc/api", "http://[::1/api", "127.0.0.1/api", "ftp://a/api"]
 )
 def test_an_address_where_nobody_answers_is_said(address: str) -> None:
     with pytest.raises(ArgumentError, match=r"does not answer \(.*\)\. Start the Prefect server, or correct"):
