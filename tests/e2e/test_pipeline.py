@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +82,15 @@ def read_last_state() -> str:
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give the runs a Prefect database of their own, and no server from outside."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+    home = tmp_path_factory.mktemp("prefect")
+    patch.setenv("PREFECT_HOME", str(home))
     patch.delenv("PREFECT_API_URL", raising=False)
     yield
     patch.undo()
+    # The embedded server of a run that was killed outlives it.
+    for pid in list_processes(home):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
