@@ -54,6 +54,7 @@ def check_server() -> None:
         return
     error: Exception | None
     try:
+        # Prefect's own client, not PrefectApi: a run will use it, with certificates and keys from its settings.
         with get_client(sync_client=True) as client:
             error = client.api_healthcheck()
             if error is None:
