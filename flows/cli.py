@@ -1,5 +1,7 @@
 """The `internvl` command. Imports late: `internvl --help` must not wait for Prefect."""
 
+import atexit
+import gc
 import os
 import re
 import shlex
@@ -59,6 +61,7 @@ def run(
     """Run a recipe from here to its end, on Prefect's embedded server or the one in PREFECT_API_URL."""
     from flows.overrides import parse_overrides
     from flows.recipe import load_recipe
+    from tasks.data_tool import start_data_tool
     from tasks.stage_plan import check_launchers, check_stage_arguments
 
     overrides = parse_overrides(override or [])
@@ -71,6 +74,8 @@ def run(
 
     # Before Prefect is imported, which starts threads.
     leave_terminal()
+    # It imports torch while this process, which runs the flow, imports Prefect.
+    start_data_tool("lint")
     # And before it reads its settings.
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
@@ -147,6 +152,8 @@ def replay(
 
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
+    # Nobody needs the cycles of a process that ends; looking for them takes a while once MLflow is imported.
+    atexit.register(gc.freeze)
     try:
         with said_once("internvl_core.argument_renames", "internvl_core.argument_rules"):
             # Typer catches Ctrl-C and returns its exit code.

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, Self
 
 from internvl_core.contract import StageFailure, write_json_atomically
 from internvl_core.errors import InternVLError
@@ -20,6 +20,15 @@ Tool = Literal["lint", "show", "plan", "convert"]
 _MODULE = "internvl_core.inspection"
 _ERRORS_FILE = "errors.log"
 
+_started: dict[Tool, "_Process"] = {}
+"""By `start_data_tool`, and not yet run."""
+
+
+def start_data_tool(tool: Tool) -> None:
+    """Start a tool that will be run soon, so that its imports are over by then; once is enough."""
+    if tool not in _started:
+        _started[tool] = _Process(tool)
+
 
 def run_data_tool(tool: Tool, job: Mapping[str, Any], *, log: Callable[[str], None]) -> dict[str, Any]:
     """Run a tool and return its report.
@@ -27,53 +36,71 @@ def run_data_tool(tool: Tool, job: Mapping[str, Any], *, log: Callable[[str], No
     The process and its workers end with this one, however it ends.
 
     Args:
+        tool: the one that was started, or one that is started now.
         job: content of job.json.
         log: given the tool's own lines as they come.
 
     Raises:
         InternVLError: of the class that the tool says; or, where it said nothing, with the last line of its errors.
     """
-    with tempfile.TemporaryDirectory(prefix="internvl-data-") as folder:
-        directory = Path(folder)
-        write_json_atomically(directory / JOB_FILE, job)
-        with (directory / _ERRORS_FILE).open("wb") as errors, _start(tool, directory, errors) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log(line.rstrip("\n"))
-            process.wait()
-        failure = StageFailure.find(directory)
-        if failure is not None:
-            raise failure.to_exception()
-        if process.returncode:
-            raise InternVLError(
-                f"{_MODULE} {tool}: ended with code {process.returncode}: {_find_last_line(directory / _ERRORS_FILE)}"
+    with _started.pop(tool, None) or _Process(tool) as process:
+        return process.run(job, log)
+
+
+class _Process:
+    """A tool's process, the leader of a group of its own, which is ended when this is left early."""
+
+    def __init__(self, tool: Tool) -> None:
+        self._name = f"{_MODULE} {tool}"
+        self._folder = tempfile.TemporaryDirectory(prefix="internvl-data-")
+        self._directory = Path(self._folder.name)
+        with (self._directory / _ERRORS_FILE).open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, tool, str(self._directory)],
+                # Its end is how the tool learns that this process died.
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
             )
-        report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-        return report
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def _start(tool: Tool, directory: Path, errors: BinaryIO) -> Iterator[subprocess.Popen[str]]:
-    """Start the tool as a group of its own, and end the group when this is left early."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, tool, str(directory)],
-        # Never written to: its end is how the tool learns that this process died.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
+    def __exit__(self, *_: object) -> None:
+        process = self._process
         if process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for stream in (process.stdin, process.stdout):
             assert stream is not None
-            stream.close()
+            # What the tool never read is lost with it.
+            with suppress(BrokenPipeError):
+                stream.close()
+        self._folder.cleanup()
+
+    def run(self, job: Mapping[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        write_json_atomically(self._directory / JOB_FILE, job)
+        # One that ended before it was wanted is told of below.
+        with suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            log(line.rstrip("\n"))
+        process.wait()
+        failure = StageFailure.find(self._directory)
+        if failure is not None:
+            raise failure.to_exception()
+        if process.returncode:
+            last = _find_last_line(self._directory / _ERRORS_FILE)
+            raise InternVLError(f"{self._name}: ended with code {process.returncode}: {last}")
+        report: dict[str, Any] = json.loads((self._directory / REPORT_FILE).read_text(encoding="utf-8"))
+        return report
 
 
 def _find_last_line(path: Path) -> str:

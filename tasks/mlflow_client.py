@@ -2,7 +2,9 @@
 
 import logging
 import os
+import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,30 @@ _SETTINGS = {
 }
 
 
+PREPARING = "mlflow-import"
+"""Name of the thread."""
+
+# Two at once would both create the tables.
+_CONNECTING = threading.Lock()
+
+
+def prepare(tracking_uri: str) -> None:
+    """Begin to connect in a thread, for whoever connects later, and returns at once; what fails is theirs to tell."""
+
+    def work() -> None:
+        with suppress(Exception):
+            connect(tracking_uri)
+
+    threading.Thread(target=work, name=PREPARING, daemon=True).start()
+
+
 def connect(tracking_uri: str) -> Any:
-    """Import MLflow, which takes seconds, and build its client. A missing database is created."""
+    """Import MLflow and build its client; a missing database is created. Both take seconds."""
+    with _CONNECTING:
+        return _connect(tracking_uri)
+
+
+def _connect(tracking_uri: str) -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     # mlflow 3.17 with SQLAlchemy 2.1: a deprecation warning about `noload` at import.

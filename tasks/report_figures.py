@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from itertools import accumulate
 from typing import Any
@@ -62,8 +63,8 @@ class LossCurve:
     """The loss of one stage at its logged steps, at least one; finite."""
 
     stage: str
-    steps: Sequence[int]
-    losses: Sequence[float]
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Scores:
     gates: Mapping[str, float]
 
 
-def draw_losses(curves: Sequence[LossCurve], *, is_narrow: bool) -> str:
+# A run's end asks twice for the same, for the page and for the table in the Prefect UI.
+@lru_cache(maxsize=2)
+def draw_losses(curves: tuple[LossCurve, ...], *, is_narrow: bool) -> str:
     """Draw a panel a stage, side by side in the order of training, with one loss axis for all."""
     num_columns = min(len(curves), 2 if is_narrow else 4)
     num_rows = math.ceil(len(curves) / num_columns)

@@ -44,6 +44,13 @@ logger = logging.getLogger(__name__)
 _BLOCK_ROWS = 1 << 20
 
 
+def preload() -> None:
+    """Import what nearly every job needs for its tokenizer and its media, which takes seconds."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+    import internvl_core.inspection.lint_media  # noqa: F401
+
+
 def run_lint(content: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job as a process is given it, and report."""
     return lint(LintJob.from_json(content)).to_json()

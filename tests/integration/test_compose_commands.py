@@ -21,7 +21,7 @@ import httpx
 import pytest
 import yaml
 from processes import find_free_port, list_processes, wait_until
-from servers_up import QUICK, is_committed
+from servers_up import describe_long_run, is_committed, wait_for_training
 
 pytestmark = pytest.mark.integration
 
@@ -258,15 +258,9 @@ def test_a_stop_of_the_worker_lets_its_training_save_and_commit(stack: Stack) ->
 
     wait_until(lambda: get_status() == {"ONLINE"}, "the worker is not seen", deadline_s=30)
     workspace = stack.directory / "runs"
-    steps = {"stages.stage1.arguments.max_steps": 100_000, "stages.stage1.arguments.logging_steps": 1}
-    parameters = {**QUICK, "overrides": {**steps, "workspace": str(workspace)}}
     (pretrain,) = (each for each in stack.post("deployments/filter") if each["name"] == "pretrain")
-    stack.post(f"deployments/{pretrain['id']}/create_flow_run", parameters=parameters)
-
-    def is_at_work() -> bool:
-        return any((workspace / "attempts").glob("stage1-*/1/metrics.jsonl"))
-
-    wait_until(is_at_work, "training did not begin", deadline_s=120)
+    stack.post(f"deployments/{pretrain['id']}/create_flow_run", parameters=describe_long_run(workspace))
+    wait_for_training(workspace)
     worker = stack.processes["worker"]
     worker.terminate()
     worker.wait(60)

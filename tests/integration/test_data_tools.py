@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from processes import wait_until
+from processes import list_processes, wait_until
 
 from flows import cli
 from internvl_core.errors import ArgumentError, DataError, InternVLError
 from tasks import index_data as index_task
-from tasks.data_tool import run_data_tool
+from tasks.data_tool import run_data_tool, start_data_tool
 from tasks.stage import Stage
 from tasks.stage_plan import get_cache_dir
 
@@ -25,14 +26,12 @@ pytestmark = pytest.mark.integration
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 DEADLINE_S = 30
-# Starts the tool on a job that never comes, and tells its process id.
+# Starts the tool for a job that never comes.
 OWNER = """
-import sys
-from pathlib import Path
-from tasks.data_tool import _start
-with _start("lint", Path(sys.argv[1]), sys.stderr) as process:
-    print(process.pid, flush=True)
-    process.wait()
+import time
+from tasks.data_tool import start_data_tool
+start_data_tool("lint")
+time.sleep(600)
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -251,34 +250,46 @@ def test_a_fault_of_the_tool_is_told_by_its_last_line() -> None:
         run_data_tool("lint", {}, log=print)
 
 
+def test_a_tool_that_was_started_early_does_the_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    start_data_tool("lint")
+    wait_until(lambda: find_tools(tmp_path), "the tool did not start")
+    job = {"cache_dir": str(tmp_path), "metas": [], "num_media": 0, "counts_ids": False}
+    assert run_data_tool("lint", job, log=print) == {"metas": []}
+    assert not find_tools(tmp_path)
+    assert run_data_tool("lint", job, log=print) == {"metas": []}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tool_that_was_killed_before_its_job_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    start_data_tool("lint")
+    wait_until(lambda: find_tools(tmp_path), "the tool did not start")
+    os.kill(*find_tools(tmp_path), signal.SIGKILL)
+    wait_until(lambda: not find_tools(tmp_path), "it was not killed")
+    with pytest.raises(InternVLError, match=r"lint: ended with code -9: no output$"):
+        run_data_tool("lint", {}, log=print)
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_tool_ends_with_its_owner(tmp_path: Path, end: signal.Signals) -> None:
-    # A job that is never written: the tool waits for it, as it would work on a long one.
-    os.mkfifo(tmp_path / "job.json")
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert owner.stdout is not None
-    tool = int(owner.stdout.readline())
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], env=environment, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: is_waiting(tool), "the tool did not start")
+        wait_until(lambda: any(map(is_waiting, find_tools(tmp_path))), "the tool did not start")
         owner.send_signal(end)
         owner.wait(DEADLINE_S)
-        wait_until(lambda: not is_alive(tool), "the tool outlived its owner")
+        wait_until(lambda: not find_tools(tmp_path), "the tool outlived its owner")
     finally:
         owner.kill()
-        owner.stdout.close()
         owner.wait()
 
 
-def is_alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != b"Z"
+def find_tools(folder: Path) -> list[int]:
+    """Find the tools that were started with this folder for their files."""
+    return list(list_processes(folder, "internvl_core.inspection lint"))
 
 
 def is_waiting(process: int) -> bool:
-    """Tell whether the tool has come to its job: two threads, one of them watching its owner."""
+    """Tell whether the tool waits for its job: two threads, one of them watching its owner."""
     return len(list(Path(f"/proc/{process}/task").iterdir())) > 1

@@ -19,6 +19,7 @@ import pytest
 from processes import wait_until
 
 from internvl_core.errors import ArgumentError
+from tasks.mlflow_client import PREPARING, prepare
 from tasks.track_run import RunTracker, TrackedData, replay
 
 pytestmark = pytest.mark.integration
@@ -487,3 +488,17 @@ def test_a_store_of_artifacts_that_fails_holds_up_no_metrics(
         tracker.finish_stage("stage1", metrics={}, status="FINISHED")
     assert Recorded(database).series("stage1") == losses(1, 3)
     assert any("MLflow has not got" in message for message in caplog.messages)
+
+
+def test_an_mlflow_that_was_prepared_is_opened_once_by_both(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    prepare(uri)
+    tracker = open_tracker(uri, tmp_path)
+    assert tracker.close(status="FINISHED", deadline_s=120)
+
+
+def test_an_mlflow_that_cannot_be_prepared_is_not_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    prepare(f"sqlite:///{tmp_path}/file/mlflow.db")
+    wait_until(lambda: not any(t.name == PREPARING for t in threading.enumerate()), "it did not end")
+    assert caplog.messages == []

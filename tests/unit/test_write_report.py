@@ -181,7 +181,7 @@ def test_of_a_step_that_a_resumed_stage_logged_again_the_later_loss_is_drawn(tmp
 
 
 def test_all_panels_show_losses_above_those_of_the_first(tmp_path: Path) -> None:
-    svg = draw_losses([LossCurve("a", [1, 2], [1.0, 0.5]), LossCurve("b", [1, 2], [5.0, 4.0])], is_narrow=False)
+    svg = draw_losses((LossCurve("a", (1, 2), (1.0, 0.5)), LossCurve("b", (1, 2), (5.0, 4.0))), is_narrow=False)
     heights = [float(y) for y in re.findall(r'<use [^>]*\by="([-0-9.]+)"', svg)]
     assert heights
     assert min(heights) >= 0
