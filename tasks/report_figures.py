@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that lives inside an HTML page.
+"""The loss curves of the report, as SVG that lives inside an HTML page.
 
 Text stays text. Colours are CSS variables of the page, so one drawing serves light, dark and
 paper; panels carry names, so nothing is told by colour alone. matplotlib's pyplot is not used.
@@ -9,7 +9,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -25,8 +25,6 @@ NUM_STAGE_COLOURS = 6
 SMOOTHED_SHARE = 1 / 15
 """Share of a curve that each smoothed point averages."""
 MAX_POINTS = 800
-NUMBER_WIDTH = 0.16
-"""Of a score beside its bar, on the axis of scores."""
 LOGARITHMIC_FROM = 30.0
 """Ratio of the largest to the smallest loss from which the axis is logarithmic."""
 
@@ -67,15 +65,6 @@ class LossCurve:
     losses: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Accuracy of each stage on one held-out set; None where the stage was not asked. Gates by stage."""
-
-    dataset: str
-    by_stage: Mapping[str, float | None]
-    gates: Mapping[str, float]
-
-
 # A run's end asks twice for the same, for the page and for the table in the Prefect UI.
 @lru_cache(maxsize=2)
 def draw_losses(curves: tuple[LossCurve, ...], *, is_narrow: bool) -> str:
@@ -109,24 +98,6 @@ def draw_losses(curves: tuple[LossCurve, ...], *, is_narrow: bool) -> str:
         )
 
 
-def draw_scores(scores: Sequence[Scores], *, is_narrow: bool) -> str:
-    """Draw a panel a held-out set with a bar a stage, and a mark where the stage's gate is."""
-    num_columns = min(len(scores), 1 if is_narrow else 3)
-    num_rows = math.ceil(len(scores) / num_columns)
-    num_stages = max(len(score.by_stage) for score in scores)
-    size = (4.0 if is_narrow else 9.6, num_rows * (0.27 * num_stages + 0.85))
-    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": "scores"}):
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06, hspace=0.06))
-        panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat
-        for number, panel in enumerate(panels):
-            if number >= len(scores):
-                panel.set_visible(False)
-                continue
-            _draw_score_panel(panel, scores[number])
-        names = ", ".join(score.dataset for score in scores)
-        return _write_svg(figure, prefix=f"scores-{is_narrow:d}-", label=f"Held-out accuracy by stage on: {names}")
-
-
 def write_picture(svg: str) -> str:
     """Make a drawing a picture that needs no page, with colours of its own, on white; returns a `data:` URI."""
     # Those of the page in light, which it says first.
@@ -150,27 +121,6 @@ def _draw_loss_panel(panel: Any, curve: LossCurve, colour: str) -> None:
     highest = max(curve.losses[-max(1, len(curve.losses) // 3) :])
     place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right", "va": "bottom"}
     panel.annotate(f"{curve.losses[-1]:.3f}", (curve.steps[-1], highest), fontweight="bold", **place)
-
-
-def _draw_score_panel(panel: Any, scores: Scores) -> None:
-    panel.set_title(_shorten(scores.dataset, 34))
-    panel.grid(axis="x")
-    panel.tick_params(length=0)
-    panel.spines["bottom"].set_visible(False)
-    panel.set_xlim(0, 1.16)
-    panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
-    panel.set_yticks(range(len(scores.by_stage)), [_shorten(stage) for stage in scores.by_stage])
-    panel.set_ylim(len(scores.by_stage) - 0.4, -0.6)
-    for row, (stage, score) in enumerate(scores.by_stage.items()):
-        if score is None:
-            panel.text(0.015, row, "not asked", va="center", style="italic", alpha=0.65, fontsize=8)
-        else:
-            panel.barh(row, score, height=0.62, color=_COLOURS[row % NUM_STAGE_COLOURS])
-            gate = scores.gates.get(stage, 0)
-            is_in_the_way = score < gate < score + NUMBER_WIDTH
-            panel.text((gate if is_in_the_way else score) + 0.02, row, f"{score:.2f}", va="center", fontsize=8.5)
-        if stage in scores.gates:
-            panel.vlines(scores.gates[stage], row - 0.44, row + 0.44, color=_TEXT, linewidth=2)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

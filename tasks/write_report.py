@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from internvl_core.inspection.lint_report import MetaReport
 from tasks.loss_curves import find_curves
 from tasks.report_details import class_of, write_answers, write_arguments, write_data
-from tasks.report_figures import Scores, draw_losses, draw_scores
+from tasks.report_figures import draw_losses
+from tasks.report_scores import Scores, write_scores
 from tasks.stage_table import COLUMNS, MISSING, format_count, format_duration, stage_rows
 from tasks.trained_stage import TrainedStage
 
@@ -122,24 +123,20 @@ def _write_figures(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str
         missing = [stage.name for stage in stages if stage.name not in {curve.stage for curve in curves}]
         note = f" No log of {', '.join(missing)} is on this machine." if missing else ""
         about = f"The thin line is what was logged, the thick one its running mean; the number is the last loss.{note}"
-        yield _write_section(
-            "Training loss", about, draw_losses(curves, is_narrow=False), draw_losses(curves, is_narrow=True)
-        )
+        wide, narrow = draw_losses(curves, is_narrow=False), draw_losses(curves, is_narrow=True)
+        drawing = f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+        yield _write_section("Training loss", about, drawing)
     scores = _collect_scores(stages, gates)
     if scores:
         about = "Share of the answers that are exactly right, by stage."
         about += " The upright mark is the gate of the recipe." if gates else ""
-        wide, narrow = draw_scores(scores, is_narrow=False), draw_scores(scores, is_narrow=True)
-        yield _write_section("Held-out accuracy", about, wide, narrow, after=_write_gates(stages, gates))
+        yield _write_section("Held-out accuracy", about, write_scores(scores), _write_gates(stages, gates))
     elif gates:
         yield f"<section><h2>Held-out accuracy</h2>{_write_gates(stages, gates)}</section>"
 
 
-def _write_section(title: str, about: str, wide: str, narrow: str, after: str = "") -> str:
-    return (
-        f'<section><h2>{html.escape(title)}</h2><p class="soft">{html.escape(about)}</p>'
-        f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>{after}</section>'
-    )
+def _write_section(title: str, about: str, *content: str) -> str:
+    return f'<section><h2>{html.escape(title)}</h2><p class="soft">{html.escape(about)}</p>{"".join(content)}</section>'
 
 
 def _collect_scores(stages: Sequence[TrainedStage], gates: Mapping[str, tuple[str, float]]) -> list[Scores]:

@@ -138,12 +138,24 @@ def test_every_gate_says_whether_it_was_passed(full_page: Page) -> None:
     assert "1 of 3" in full_page.texts
 
 
-def test_each_figure_is_there_for_wide_and_narrow_pages_and_names_what_it_shows(full_page: Page) -> None:
-    labels = full_page.values_of("aria-label")
+def test_the_figure_is_there_for_wide_and_narrow_pages_and_names_what_it_shows(full_page: Page) -> None:
     losses = "Training loss by step, a panel a stage: stage1, stage<2>, finetune"
-    scores = 'Held-out accuracy by stage on: all held-out questions, digit, larger "a&b"'
-    assert labels == [losses, losses, scores, scores]
+    assert full_page.values_of("aria-label") == [losses, losses]
     assert "loss (log scale)" in full_page.texts
+
+
+def test_every_score_is_a_bar_of_its_length_with_the_gate_at_its_place(full_page: Page) -> None:
+    panels = re.findall(r"<div><h3>(.*?)</h3><dl>(.*?)</dl></div>", full_page.source)
+    assert [name for name, _ in panels] == ["all held-out questions", "digit", "larger &quot;a&amp;b&quot;"]
+    for (_, bars), widths, gates in zip(
+        panels,
+        (["75.00%", "75.00%", "50.00%"], ["95.00%", "95.00%"], ["50.00%"]),
+        (["90.00%"], ["90.00%"], []),
+        strict=True,
+    ):
+        assert re.findall(r"width:([^;]*)", bars) == widths
+        assert re.findall(r"left:([^\"]*)", bars) == gates
+        assert bars.count("not asked") == 3 - len(widths)
 
 
 def test_the_drawings_take_every_colour_from_the_page(full_page: Page) -> None:
