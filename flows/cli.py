@@ -74,14 +74,14 @@ def run(
 
     # Before Prefect is imported, which starts threads.
     leave_terminal()
-    # It imports torch while this process, which runs the flow, imports Prefect.
-    start_data_tool("lint")
     # And before it reads its settings.
     for name, value in QUIET_PREFECT.items():
         os.environ.setdefault(name, value)
     if home := os.environ.get("PREFECT_HOME"):
         # Prefect makes the last folder of the path only, and then has no place for its database.
         Path(home).expanduser().mkdir(parents=True, exist_ok=True)
+    # It imports torch while this process imports Prefect.
+    start_data_tool("lint")
     from flows.console import check_server, quiet_prefect
     from flows.finetune import finetune
     from flows.pretrain import pretrain
@@ -152,7 +152,7 @@ def replay(
 
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
-    # Nobody needs the cycles of a process that ends; looking for them takes a while once MLflow is imported.
+    # Nobody needs the cycles of a process that ends; looking for them takes half a second once MLflow is imported.
     atexit.register(gc.freeze)
     try:
         with said_once("internvl_core.argument_renames", "internvl_core.argument_rules"):

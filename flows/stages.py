@@ -24,9 +24,9 @@ from tasks.build_smoke_inputs import build_smoke_inputs
 from tasks.cancel_watch import RunCancelled
 from tasks.check_gate import check_gate
 from tasks.check_inputs import check_inputs
-from tasks.data_tool import start_data_tool
+from tasks.data_tool import early_data_tool
 from tasks.index_data import index_data
-from tasks.mlflow_client import prepare
+from tasks.mlflow_client import start_mlflow_import
 from tasks.show_stages import show_stages
 from tasks.stage_plan import check_launchers, check_stage_arguments
 from tasks.stage_tries import StageTries
@@ -105,13 +105,13 @@ def check_recipe(recipe: Recipe) -> list[MetaReport]:
     check_stage_arguments(recipe.stages, starts_from_checkpoint=recipe.start_from is not None)
     check_launchers(recipe.stages)
     make_workspace(recipe.directory)
-    start_data_tool("lint")
-    if recipe.smoke_inputs:
-        build_smoke_inputs(recipe.directory)
-    # While the data are indexed this process waits; beside the first stage it would take time from the ranks.
-    prepare(recipe.tracking)
-    check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
-    return index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
+    with early_data_tool("lint"):
+        if recipe.smoke_inputs:
+            build_smoke_inputs(recipe.directory)
+        # This process mostly waits now; beside the first stage it would take time from the ranks.
+        start_mlflow_import()
+        check_inputs(recipe.stages, store_uri=recipe.store, start_from=recipe.start_from)
+        return index_data(recipe.name, recipe.stages, workspace=recipe.directory, start_from=recipe.start_from)
 
 
 def train_stages(

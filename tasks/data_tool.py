@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from internvl_core.contract import StageFailure, write_json_atomically
 from internvl_core.errors import InternVLError
@@ -25,9 +25,21 @@ _started: dict[Tool, "_Process"] = {}
 
 
 def start_data_tool(tool: Tool) -> None:
-    """Start a tool that will be run soon, so that its imports are over by then; once is enough."""
+    """Start a tool that will be run soon, so that its imports are over by then; it ends with this process."""
     if tool not in _started:
         _started[tool] = _Process(tool)
+
+
+@contextmanager
+def early_data_tool(tool: Tool) -> Iterator[None]:
+    """Start a tool that the block will run, unless that is done; one that it did not run is ended."""
+    start_data_tool(tool)
+    try:
+        yield
+    finally:
+        unused = _started.pop(tool, None)
+        if unused is not None:
+            unused.close()
 
 
 def run_data_tool(tool: Tool, job: Mapping[str, Any], *, log: Callable[[str], None]) -> dict[str, Any]:
@@ -36,19 +48,23 @@ def run_data_tool(tool: Tool, job: Mapping[str, Any], *, log: Callable[[str], No
     The process and its workers end with this one, however it ends.
 
     Args:
-        tool: the one that was started, or one that is started now.
+        tool: the one that was started early, if it still lives, or one that is started now.
         job: content of job.json.
         log: given the tool's own lines as they come.
 
     Raises:
         InternVLError: of the class that the tool says; or, where it said nothing, with the last line of its errors.
     """
-    with _started.pop(tool, None) or _Process(tool) as process:
+    early = _started.pop(tool, None)
+    if early is not None and not early.is_alive:
+        early.close()
+        early = None
+    with closing(early or _Process(tool)) as process:
         return process.run(job, log)
 
 
 class _Process:
-    """A tool's process, the leader of a group of its own, which is ended when this is left early."""
+    """A tool's process, the leader of a group of its own."""
 
     def __init__(self, tool: Tool) -> None:
         self._name = f"{_MODULE} {tool}"
@@ -65,10 +81,12 @@ class _Process:
                 start_new_session=True,
             )
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End what still runs, and remove its files."""
         process = self._process
         if process.poll() is None:
             with suppress(ProcessLookupError):

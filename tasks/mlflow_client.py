@@ -1,4 +1,4 @@
-"""MLflow's client: imported when it is wanted, quiet, with short patience."""
+"""MLflow's client: imported late, quiet, with short patience."""
 
 import logging
 import os
@@ -17,30 +17,33 @@ _SETTINGS = {
 }
 
 
-PREPARING = "mlflow-import"
-"""Name of the thread."""
-
-# Two at once would both create the tables.
-_CONNECTING = threading.Lock()
+IMPORTING = "mlflow-import"
+"""Name of the thread that does."""
 
 
-def prepare(tracking_uri: str) -> None:
-    """Begin to connect in a thread, for whoever connects later, and returns at once; what fails is theirs to tell."""
+def start_mlflow_import() -> None:
+    """Begin to import MLflow in a thread, which spares whoever connects later some of the wait.
+
+    It creates nothing, and the interpreter's end waits for it, so a run that is refused meanwhile ends cleanly.
+    """
 
     def work() -> None:
-        with suppress(Exception):
-            connect(tracking_uri)
+        with suppress(Exception):  # Whoever connects meets the same error, and tells of it.
+            _import_mlflow()
 
-    threading.Thread(target=work, name=PREPARING, daemon=True).start()
+    threading.Thread(target=work, name=IMPORTING).start()
 
 
 def connect(tracking_uri: str) -> Any:
-    """Import MLflow and build its client; a missing database is created. Both take seconds."""
-    with _CONNECTING:
-        return _connect(tracking_uri)
+    """Import MLflow, which takes seconds, and build its client. A missing database is created."""
+    client = _import_mlflow()
+    database = find_database(tracking_uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    return client(tracking_uri=tracking_uri)
 
 
-def _connect(tracking_uri: str) -> Any:
+def _import_mlflow() -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     # mlflow 3.17 with SQLAlchemy 2.1: a deprecation warning about `noload` at import.
@@ -51,10 +54,7 @@ def _connect(tracking_uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     # It would say each refused connection, of which the tracker speaks once.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    database = find_database(tracking_uri)
-    if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=tracking_uri)
+    return MlflowClient
 
 
 def find_database(tracking_uri: str) -> Path | None:

@@ -2,8 +2,8 @@
 
 Delivery is at least once and idempotent: MLflow keeps one point for equal (metric, step, time,
 value), runs are looked for by the tag `internvl.key` before they are created, and params are only
-added. So it may be cut anywhere and begun again. Connecting imports MLflow (seconds), and a new
-database is migrated by the first call: of a run only the tracker's thread should do either.
+added. So it may be cut anywhere and begun again. Connecting takes seconds, for a new database is
+migrated by it: of a run only the tracker's thread should do that.
 """
 
 import json

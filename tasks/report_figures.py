@@ -25,6 +25,7 @@ NUM_STAGE_COLOURS = 6
 SMOOTHED_SHARE = 1 / 15
 """Share of a curve that each smoothed point averages."""
 MAX_POINTS = 800
+TITLE_CHARACTERS = 18
 LOGARITHMIC_FROM = 30.0
 """Ratio of the largest to the smallest loss from which the axis is logarithmic."""
 
@@ -135,8 +136,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _shorten(name: str, width: int = 18) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
+def _shorten(name: str) -> str:
+    return name if len(name) <= TITLE_CHARACTERS else name[: TITLE_CHARACTERS - 1] + "…"
 
 
 def _write_svg(figure: Figure, *, prefix: str, label: str) -> str:

@@ -4,9 +4,9 @@
                 metrics.jsonl ------^
 
 The caller's part of every call ends when the request is in the spool. A thread of its own imports
-MLflow, delivers what is in the spool and follows the stages' metrics files. MLflow that is down,
-slow, refuses or hangs costs a warning; the data waits in the spool, where the next `RunTracker`
-with the same key, or `replay`, goes on.
+MLflow, if nobody has yet, delivers what is in the spool and follows the stages' metrics files.
+MLflow that is down, slow, refuses or hangs costs a warning; the data waits in the spool, where the
+next `RunTracker` with the same key, or `replay`, goes on.
 """
 
 import logging

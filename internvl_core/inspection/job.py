@@ -25,7 +25,7 @@ Tool = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """From the content of job.json to that of report.json."""
 
 _MOMENT_S = 0.05
-"""In which a job comes that was there when the process was started."""
+"""In which a job comes that was given when the process was started."""
 
 
 def run_job(tool: Tool, folder: Path, *, preload: Callable[[], None] | None = None) -> int:
@@ -36,6 +36,8 @@ def run_job(tool: Tool, folder: Path, *, preload: Callable[[], None] | None = No
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("internvl_core").setLevel(logging.INFO)
     has_job = _follow_owner()
+    if (folder / JOB_FILE).exists():
+        has_job.set()
     if preload is not None and not has_job.wait(_MOMENT_S):
         preload()
     has_job.wait()

@@ -141,7 +141,7 @@ class _Linter:
             return None
         if not index.tiles.any():
             return MediaReport(0, 0, [])
-        # Brings torch along, which data sets of text do without.
+        # Brings torch along, which data sets of text do without; in a run that is done already.
         from internvl_core.data.pixels import PixelRules
         from internvl_core.inspection.lint_media import MediaCheck
 

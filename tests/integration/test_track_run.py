@@ -19,7 +19,6 @@ import pytest
 from processes import wait_until
 
 from internvl_core.errors import ArgumentError
-from tasks.mlflow_client import PREPARING, prepare
 from tasks.track_run import RunTracker, TrackedData, replay
 
 pytestmark = pytest.mark.integration
@@ -490,15 +489,17 @@ def test_a_store_of_artifacts_that_fails_holds_up_no_metrics(
     assert any("MLflow has not got" in message for message in caplog.messages)
 
 
-def test_an_mlflow_that_was_prepared_is_opened_once_by_both(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    prepare(uri)
-    tracker = open_tracker(uri, tmp_path)
-    assert tracker.close(status="FINISHED", deadline_s=120)
-
-
-def test_an_mlflow_that_cannot_be_prepared_is_not_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    prepare(f"sqlite:///{tmp_path}/file/mlflow.db")
-    wait_until(lambda: not any(t.name == PREPARING for t in threading.enumerate()), "it did not end")
-    assert caplog.messages == []
+def test_mlflow_is_imported_early_and_creates_nothing(tmp_path: Path) -> None:
+    lines = [
+        "import sys, threading",
+        "from tasks.mlflow_client import IMPORTING, start_mlflow_import",
+        "start_mlflow_import()",
+        "[thread] = [thread for thread in threading.enumerate() if thread.name == IMPORTING]",
+        "thread.join()",
+        "print('mlflow' in sys.modules)",
+    ]
+    told = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (told.stdout, told.stderr) == ("True\n", "")
+    assert not list(tmp_path.iterdir())
