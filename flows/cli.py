@@ -152,7 +152,7 @@ def replay(
 
 def main() -> None:
     """Run the command; an error of ours is one message and its exit code, never a stack."""
-    # Nobody needs the cycles of a process that ends; looking for them takes half a second once MLflow is imported.
+    # Nobody needs the cycles of a process that ends; looking for them takes 0.7 s once MLflow is imported.
     atexit.register(gc.freeze)
     try:
         with said_once("internvl_core.argument_renames", "internvl_core.argument_rules"):

@@ -17,10 +17,6 @@ _SETTINGS = {
 }
 
 
-IMPORTING = "mlflow-import"
-"""Name of the thread that does."""
-
-
 def start_mlflow_import() -> None:
     """Begin to import MLflow in a thread, which spares whoever connects later some of the wait.
 
@@ -31,7 +27,7 @@ def start_mlflow_import() -> None:
         with suppress(Exception):  # Whoever connects meets the same error, and tells of it.
             _import_mlflow()
 
-    threading.Thread(target=work, name=IMPORTING).start()
+    threading.Thread(target=work, name="mlflow-import").start()
 
 
 def connect(tracking_uri: str) -> Any:

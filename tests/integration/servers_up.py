@@ -16,8 +16,8 @@ from processes import find_free_port, wait_until
 
 COMMAND = [sys.executable, "-m", "flows.cli"]
 # Of one rank: most of what a rank takes here is its imports. Runs of two are in the end-to-end tests.
-_ONE_RANK = {"launcher.nproc_per_node": 1}
-QUICK = {"recipe": "smoke", "stages": ["stage1"], "overrides": {**_ONE_RANK, "stages.stage1.arguments.max_steps": 2}}
+_OVERRIDES = {"launcher.nproc_per_node": 1, "stages.stage1.arguments.max_steps": 2}
+QUICK = {"recipe": "smoke", "stages": ["stage1"], "overrides": _OVERRIDES}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def describe_long_run(workspace: Path, **arguments: Any) -> dict[str, Any]:
     """Give the parameters of a run of one stage that would go on for hours."""
     given = {"max_steps": 100_000, "logging_steps": 1, **arguments}
     overrides = {f"stages.stage1.arguments.{name}": value for name, value in given.items()}
-    return {**QUICK, "overrides": {**_ONE_RANK, "workspace": str(workspace), **overrides}}
+    return {**QUICK, "overrides": {**_OVERRIDES, "workspace": str(workspace), **overrides}}
 
 
 def start_long_run(up: Up, workspace: Path, deployment: str = "pretrain/pretrain", **arguments: Any) -> str:

@@ -22,6 +22,20 @@ POLL_S = 0.02
 AGENT = [sys.executable, str(FAKES / "agent.py")]
 TRAINER = [sys.executable, str(FAKES / "trainer.py")]
 
+STAGE = StageFile(
+    run_id="test",
+    stage="one",
+    attempt=1,
+    fingerprint="0" * 64,
+    entry="pretrain",
+    arguments={},
+    launcher={"kind": "local", "nnodes": 1, "nproc_per_node": 2},
+    store_uri="file:///nowhere",
+    start_from=None,
+    resume=False,
+    save_budget_s=DEADLINE_S,
+)
+
 
 class SupervisedAttempt:
     """One attempt's directory, the processes that bear its mark, and what they left there."""
@@ -82,20 +96,7 @@ def launch_ranks(
 
 def build_torchrun(attempt: SupervisedAttempt, script: str, *options: str) -> list[str]:
     """Take the very torchrun of a stage, with a fake in place of the trainer's entry."""
-    stage = StageFile(
-        run_id="test",
-        stage="one",
-        attempt=1,
-        fingerprint="0" * 64,
-        entry="pretrain",
-        arguments={},
-        launcher={"kind": "local", "nnodes": 1, "nproc_per_node": 2},
-        store_uri="file:///nowhere",
-        start_from=None,
-        resume=False,
-        save_budget_s=DEADLINE_S,
-    )
-    command = build_command(stage, attempt.directory)
+    command = build_command(STAGE, attempt.directory)
     start = command.index("-m", command.index("torch.distributed.run"))
     assert command[start:] == ["-m", "internvl_core.pretrain", f"--attempt_dir={attempt.directory}"]
     return [*command[:start], str(FAKES / script), command[-1], *options]

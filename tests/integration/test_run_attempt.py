@@ -1,12 +1,13 @@
 """An attempt of a task whose run is cancelled on the server."""
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.logging import disable_run_logger
-from supervised import launch_ranks
+from supervised import STAGE, launch_ranks
 
 from internvl_core.contract import StageFile
 from tasks import run_attempt as module
@@ -16,19 +17,6 @@ from tasks.launch import RunningStage
 pytestmark = pytest.mark.integration
 
 SHARE_OF_LEAVE = 0.02
-STAGE = StageFile(
-    run_id="run",
-    stage="stage1",
-    attempt=1,
-    fingerprint="0" * 64,
-    entry="pretrain",
-    arguments={"use_cpu": True},
-    launcher={"kind": "local", "nnodes": 1, "nproc_per_node": 2},
-    store_uri="file:///store",
-    start_from=None,
-    resume=False,
-    save_budget_s=600.0,
-)
 
 
 def test_a_cancel_that_no_worker_brought_waits_for_the_save_to_its_end(attempt, launch, monkeypatch):
@@ -45,6 +33,6 @@ def test_a_cancel_that_no_worker_brought_waits_for_the_save_to_its_end(attempt, 
     monkeypatch.setattr(module, "launch_stage", launch_fakes)
     monkeypatch.setattr(CancelWatch, "check", cancel)
     with disable_run_logger(), pytest.raises(RunCancelled):
-        module.run_attempt(STAGE, attempt.directory, lock=-1)
+        module.run_attempt(replace(STAGE, arguments={"use_cpu": True}), attempt.directory, lock=-1)
     assert attempt.has_saved()
     attempt.check_nothing_is_left()
